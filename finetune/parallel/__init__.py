@@ -1,0 +1,1 @@
+"""Ranks, process groups, and the exchange of expert rows between them."""
