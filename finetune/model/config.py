@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Mixer = Literal["linear_attention", "full_attention"]
+_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,)}
 
 
 class ConfigError(ValueError):
@@ -65,7 +66,9 @@ class ModelConfig:
                 f"num_experts_per_tok is {self.num_experts_per_tok}; it must lie in 1..num_experts = {self.num_experts}"
             )
         if self.rotary_dim % 2:
-            raise ConfigError(f"head_dim x partial_rotary_factor is {self.rotary_dim}; rotary pairs need an even number")
+            raise ConfigError(
+                f"head_dim x partial_rotary_factor is {self.rotary_dim}; rotary pairs need an even number"
+            )
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -100,9 +103,9 @@ class ModelConfig:
         merged["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
         known = {field.name: merged[field.name] for field in fields(cls) if merged.get(field.name) is not None}
         for field in fields(cls):
-            kinds = {int: int, float: (int, float), bool: bool}.get(field.type)  # type: ignore[call-overload]
-            if kinds is not None and field.name in known and not isinstance(known[field.name], kinds):
-                raise ConfigError(f"{field.name}: expected {field.type}, found {known[field.name]!r}")
+            expected = _SCALARS.get(str(getattr(field.type, "__name__", field.type)))
+            if expected and field.name in known and type(known[field.name]) not in expected:
+                raise ConfigError(f"{field.name}: expected {expected[0].__name__}, found {known[field.name]!r}")
         return cls(**known)
 
     @property

@@ -1,0 +1,104 @@
+"""The gated delta rule: the recurrence that defines it, and the chunked form that trains.
+
+Both keep documents apart exactly: a token reads nothing that was written before its own document began.
+
+Source: arXiv 2412.06464; `torch_recurrent_gated_delta_rule`, transformers 5.23.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def recurrent_gated_delta_rule(
+    *,
+    query: Float[Tensor, "batch time heads key"],
+    key: Float[Tensor, "batch time heads key"],
+    value: Float[Tensor, "batch time heads value"],
+    log_decay: Float[Tensor, "batch time heads"],
+    write: Float[Tensor, "batch time heads"],
+    segment_ids: Int[Tensor, "batch time"],
+) -> Float[Tensor, "batch time heads value"]:
+    """Gated delta rule, one token at a time, in float32. The definition.
+
+    S_t = a_t S_{t-1} + b_t k_t (v_t - a_t S_{t-1}^T k_t)^T,   o_t = S_t^T q_t / sqrt(key),   S = 0 before a document
+
+    Args:
+        log_decay: log a_t, at most 0 (how much of the state survives).
+        write: b_t in (0, 1) (how much of the correction is written).
+    """
+    query, key = l2_normalize(query), l2_normalize(key)
+    value, decay, write = value.float(), log_decay.float().exp(), write.float()
+    continues = F.pad(segment_ids[:, 1:] == segment_ids[:, :-1], (1, 0), value=False)
+    state = value.new_zeros(*query[:, 0].shape, value.shape[-1])  # (batch, heads, key, value)
+    outputs = []
+    for t in range(query.shape[1]):
+        state = state * (decay[:, t] * continues[:, t, None])[..., None, None]
+        recalled = torch.einsum("bhkv,bhk->bhv", state, key[:, t])
+        correction = (value[:, t] - recalled) * write[:, t, :, None]
+        state = state + torch.einsum("bhk,bhv->bhkv", key[:, t], correction)
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, query[:, t]))
+    return torch.stack(outputs, dim=1) * query.shape[-1] ** -0.5
+
+
+def chunked_gated_delta_rule(
+    *,
+    query: Float[Tensor, "batch time heads key"],
+    key: Float[Tensor, "batch time heads key"],
+    value: Float[Tensor, "batch time heads value"],
+    log_decay: Float[Tensor, "batch time heads"],
+    write: Float[Tensor, "batch time heads"],
+    segment_ids: Int[Tensor, "batch time"],
+    chunk_tokens: int = 64,
+) -> Float[Tensor, "batch time heads value"]:
+    """`recurrent_gated_delta_rule` in chunks: one triangular solve a chunk, and a loop over chunks for the state.
+
+    Within a chunk the corrections u solve (I + L) u = b (v - a S^T k), with L_ij = b_i (k_i . k_j) a_{j+1..i} for j < i
+    in the same document. Only tokens of the document that entered the chunk read the incoming state, and only the last
+    document of the chunk writes the outgoing one, so documents are exactly as if run alone.
+
+    Source: arXiv 2412.06464, section 3.3 (the WY form); the masks are ours.
+    """
+    time, scale = query.shape[1], query.shape[-1] ** -0.5
+    pad = -time % chunk_tokens
+    query, key, value = (
+        F.pad(x, (0, 0, 0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk_tokens))
+        for x in (l2_normalize(query) * scale, l2_normalize(key), value.float())
+    )  # (batch, heads, chunks, chunk, dim)
+    log_decay, write = (
+        F.pad(x.float(), (0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk_tokens)) for x in (log_decay, write)
+    )  # (batch, heads, chunks, chunk)
+    segment = F.pad(segment_ids, (0, pad), value=-2).unflatten(1, (-1, chunk_tokens)).unsqueeze(1)
+    last = segment[..., -1:]  # the document that leaves each chunk
+    entering = F.pad(last[:, :, :-1], (0, 0, 1, 0), value=-3)  # the document that enters it; none before the first
+
+    total = log_decay.cumsum(-1)  # decay from the chunk's start up to and including each token
+    later = torch.ones(chunk_tokens, chunk_tokens, dtype=torch.bool, device=query.device).triu(1)
+    apart = (segment.unsqueeze(-1) != segment.unsqueeze(-2)) | later
+    between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(apart, -torch.inf).exp()
+    since_start = total.exp() * (segment == entering)
+    until_end = (total[..., -1:] - total).masked_fill(segment != last, -torch.inf).exp()
+    survives = (total[..., -1].exp() * (last == entering)[..., 0])[..., None, None]
+
+    system = (key * write.unsqueeze(-1)) @ key.transpose(-1, -2) * between
+    right = torch.cat((value * write.unsqueeze(-1), key * (write * since_start).unsqueeze(-1)), dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    written, recall = solved.split([value.shape[-1], key.shape[-1]], dim=-1)
+
+    within = query @ key.transpose(-1, -2) * between
+    reads = query * since_start.unsqueeze(-1)
+    leaves = (key * until_end.unsqueeze(-1)).transpose(-1, -2)
+    state = query.new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])
+    outputs = []
+    for chunk in range(query.shape[2]):
+        correction = written[:, :, chunk] - recall[:, :, chunk] @ state
+        outputs.append(reads[:, :, chunk] @ state + within[:, :, chunk] @ correction)
+        state = state * survives[:, :, chunk] + leaves[:, :, chunk] @ correction
+    return torch.cat(outputs, dim=2)[:, :, :time].transpose(1, 2)
+
+
+def l2_normalize(x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
+    """x / sqrt(sum x^2 + 1e-6), in float32. Not `F.normalize`, which clamps: the released kernels add."""
+    x = x.float()
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

@@ -1,0 +1,33 @@
+"""The language-model head: logits, and the summed next-token loss without ever holding all logits at once."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100  # a label that is not supervised
+
+
+def token_loss_sum(
+    hidden: Float[Tensor, "batch time hidden"],
+    weight: Float[Tensor, "vocabulary hidden"],
+    labels: Int[Tensor, "batch time"],
+    chunk_tokens: int = 2048,
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Sum of cross entropies over the supervised tokens, in float32, and how many there are.
+
+    labels[b, t] is the token that position t must predict (already shifted), or -100. Only supervised positions reach
+    the head, `chunk_tokens` at a time, and their logits are computed again in the backward pass: the most that exists
+    is chunk_tokens x vocabulary in float32, not batch x time x vocabulary. One host synchronisation.
+    """
+    supervised = labels != IGNORED
+    hidden, targets = hidden[supervised], labels[supervised]
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    for x, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        loss = loss + checkpoint(_cross_entropy_sum, x, weight, target, use_reentrant=False)
+    return loss, supervised.sum()
+
+
+def _cross_entropy_sum(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight).float(), target, reduction="sum")

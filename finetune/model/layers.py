@@ -1,0 +1,83 @@
+"""Small layers shared by every block: norms, rotary embedding, the dense gated MLP, positions of packed documents."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Zero-centred root-mean-square norm: x / rms(x) * (1 + weight), in float32, returned in the dtype of x.
+
+    Source: `Qwen3NextRMSNorm`, transformers 5.23.
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
+        normed = x.float() * (x.float().square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (normed * (1.0 + self.weight.float())).to(x.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """Root-mean-square norm with a plain weight (not zero-centred), then a SiLU gate: weight * x / rms(x) * silu(gate).
+
+    Source: `Qwen3NextRMSNormGated`, transformers 5.23 (norm before gate; the weight multiplies in the dtype of x).
+    """
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Float[Tensor, "*any dim"], gate: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
+        normed = x.float() * (x.float().square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return ((self.weight * normed.to(x.dtype)) * F.silu(gate.float())).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Gated MLP: down(silu(gate x) * up x)."""
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Float[Tensor, "*any hidden"]) -> Float[Tensor, "*any hidden"]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def positions_in_segments(segment_ids: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
+    """Position of each token in its own document: 0, 1, 2, ... and again from 0 where the segment id changes."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def rotary_table(
+    positions: Int[Tensor, "batch time"], rotary_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "batch time rotary"], Float[Tensor, "batch time rotary"]]:
+    """Cosine and sine of position x frequency, both halves alike; computed in float32, returned in `dtype`.
+
+    Source: arXiv 2104.09864; the half-split layout of `rotate_half` in transformers.
+    """
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device) / rotary_dim
+    angles = positions.float().unsqueeze(-1) * theta**-exponent
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(
+    x: Float[Tensor, "batch heads time dim"],
+    cos: Float[Tensor, "batch time rotary"],
+    sin: Float[Tensor, "batch time rotary"],
+) -> Float[Tensor, "batch heads time dim"]:
+    """Rotate the first `rotary` dimensions of every head by its position; the others pass through."""
+    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    half = torch.cat((-second, first), dim=-1)
+    return torch.cat((turned * cos.unsqueeze(1) + half * sin.unsqueeze(1), rest), dim=-1)

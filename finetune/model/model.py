@@ -1,0 +1,181 @@
+"""The hybrid mixture-of-experts causal language model: the table of contents of this package.
+
+Parameter names are those of transformers' `Qwen3NextForCausalLM` in memory, so that
+`ours.load_state_dict(theirs.state_dict())` is the whole conversion. Reading and writing checkpoint folders is
+`finetune/checkpoint/weights.py`.
+
+Source: `Qwen3NextForCausalLM`, transformers 5.23.
+"""
+
+import zlib
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from finetune.model.attention import GatedAttention, document_mask, is_one_document
+from finetune.model.config import ModelConfig
+from finetune.model.deltanet import GatedDeltaNet
+from finetune.model.head import token_loss_sum
+from finetune.model.layers import MLP, RMSNorm, positions_in_segments, rotary_table
+from finetune.model.moe import MoE, Routing
+
+PADDING = -1  # segment id of a position that holds no token
+
+
+class Output(NamedTuple):
+    """What one forward pass gives; `logits` without labels, the loss with them."""
+
+    logits: Float[Tensor, "batch time vocabulary"] | None
+    loss_sum: Float[Tensor, ""] | None  # float32, over supervised tokens
+    token_count: Int[Tensor, ""] | None  # supervised tokens
+    routings: dict[int, Routing]  # by layer; layers with a dense MLP are absent
+
+
+class Layout(NamedTuple):
+    """Facts about the batch that every layer reads, computed once."""
+
+    segment_ids: Int[Tensor, "batch time"]
+    cos: Float[Tensor, "batch time rotary"]
+    sin: Float[Tensor, "batch time rotary"]
+    mask: Bool[Tensor, "batch 1 time time"] | None  # None: every sequence is one document
+    tokens: Int[Tensor, " tokens"] | None  # flat positions that hold a token; None: all of them
+
+
+class Block(nn.Module):
+    """x + mixer(norm x), then x + experts(norm x)."""
+
+    def __init__(self, config: ModelConfig, layer: int, local_experts: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.layer_types[layer] == "linear_attention":
+            self.linear_attn = GatedDeltaNet(config)
+        else:
+            self.self_attn = GatedAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_linear = config.layer_types[layer] == "linear_attention"
+        self.mlp = (
+            MoE(config, local_experts) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
+        )
+
+    def forward(
+        self, x: Float[Tensor, "batch time hidden"], layout: Layout
+    ) -> tuple[Float[Tensor, "batch time hidden"], Routing | None]:
+        normed = self.input_layernorm(x)
+        if self.is_linear:
+            x = x + self.linear_attn(normed, layout.segment_ids)
+        else:
+            x = x + self.self_attn(normed, layout.cos, layout.sin, layout.mask)
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(normed), None
+        if layout.tokens is None:
+            out, routing = self.mlp(normed.flatten(0, 1))
+            return x + out.view_as(x), routing
+        out, routing = self.mlp(normed.flatten(0, 1)[layout.tokens])
+        return x.flatten(0, 1).index_add(0, layout.tokens, out).view_as(x), routing
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: ModelConfig, local_experts: int):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, local_experts) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class HybridMoEForCausalLM(nn.Module):
+    """Qwen3-Next: DeltaNet and attention mixers, routed experts in (almost) every layer, a language-model head.
+
+    Args:
+        experts: ids of the experts that this rank holds, a contiguous range; all of them by default.
+    """
+
+    def __init__(self, config: ModelConfig, experts: range | None = None):
+        super().__init__()
+        self.settings = config  # not `config`: peft would take the model for one of transformers' own
+        self.local_experts = experts if experts is not None else range(config.num_experts)
+        self.recompute = False
+        self.model = Decoder(config, len(self.local_experts))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        segment_ids: Int[Tensor, "batch time"] | None = None,
+        position_ids: Int[Tensor, "batch time"] | None = None,
+        labels: Int[Tensor, "batch time"] | None = None,
+    ) -> Output:
+        """Logits, or with labels the summed loss; and the routing of every layer.
+
+        Args:
+            segment_ids: document of each position, contiguous; -1 is padding, which is never routed. Documents are
+                isolated in attention, convolution and recurrent state. All positions are one document by default.
+            position_ids: position in the document; counted from the segment ids by default.
+            labels: the token that each position must predict (already shifted), or -100.
+        """
+        x = self.model.embed_tokens(input_ids)
+        layout = self._layout(x, segment_ids, position_ids)
+        routings = {}
+        for layer, block in enumerate(self.model.layers):
+            if self.recompute and torch.is_grad_enabled():
+                x, routing = checkpoint(block, x, layout, use_reentrant=False)
+            else:
+                x, routing = block(x, layout)
+            if routing is not None:
+                routings[layer] = routing
+        x = self.model.norm(x)
+        if labels is None:
+            return Output(self.lm_head(x), None, None, routings)
+        loss_sum, token_count = token_loss_sum(x, self.lm_head.weight, labels)
+        return Output(None, loss_sum, token_count, routings)
+
+    def _layout(self, x: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None) -> Layout:
+        batch, time = x.shape[:2]
+        tokens = mask = None
+        if segment_ids is None:
+            segment_ids = torch.zeros(batch, time, dtype=torch.long, device=x.device)
+        else:
+            if not is_one_document(segment_ids):
+                mask = document_mask(segment_ids)
+            if bool((segment_ids == PADDING).any()):
+                tokens = (segment_ids.flatten() != PADDING).nonzero().squeeze(-1)
+        if position_ids is None:
+            position_ids = positions_in_segments(segment_ids)
+        cos, sin = rotary_table(position_ids, self.settings.rotary_dim, self.settings.rope_theta, x.dtype)
+        return Layout(segment_ids, cos, sin, mask, tokens)
+
+
+def initialise(model: HybridMoEForCausalLM, seed: int) -> None:
+    """Fill every parameter for training from scratch, the same values at any expert parallel size.
+
+    Matrices are normal with the config's standard deviation, norms the identity, dt_bias 1, A_log the log of a uniform
+    draw from (0.01, 16). Every tensor, and every expert in it, has a generator of its own.
+
+    Source: `Qwen3NextPreTrainedModel._init_weights`, transformers 5.23.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            for place, expert in enumerate(model.local_experts):
+                _fill(f"{name}[{expert}]", parameter.data[place], model.settings.initializer_range, seed)
+        else:
+            _fill(name, parameter.data, model.settings.initializer_range, seed)
+
+
+def _fill(name: str, value: Tensor, std: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    if name.endswith("A_log"):
+        drawn = torch.empty(value.shape).uniform_(0.01, 16, generator=generator).log()
+    elif name.endswith("dt_bias") or name.endswith("linear_attn.norm.weight"):
+        drawn = torch.ones(value.shape)
+    elif value.ndim == 1:
+        drawn = torch.zeros(value.shape)
+    else:
+        drawn = torch.empty(value.shape).normal_(std=std, generator=generator)
+    value.copy_(drawn)

@@ -1,0 +1,131 @@
+"""Mixture of experts: the router, the expert weights, and the block that joins them.
+
+Single-device mathematics. Where a row of work is done is decided by `MoE.exchange`, a function that hands rows
+to their experts and returns its own inverse; `parallel/experts.py` provides the one that crosses ranks.
+
+Source: `Qwen3NextSparseMoeBlock`, transformers 5.23.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from finetune.model.config import ModelConfig
+from finetune.model.layers import MLP
+
+
+class Routing(NamedTuple):
+    """What the router decided for the tokens of a batch, padding left out."""
+
+    experts: Int[Tensor, "tokens top_k"]  # chosen expert ids, most probable first
+    weights: Float[Tensor, "tokens top_k"]  # share of each chosen expert in the output
+    logits: Float[Tensor, "tokens experts"]  # float32, before softmax; the router losses read them
+
+
+class Dispatched(NamedTuple):
+    """Token rows laid out for the experts of this device, and the way back."""
+
+    rows: Float[Tensor, "rows hidden"]  # sorted by local expert
+    rows_per_expert: Int[Tensor, " local_experts"]
+    restore: Callable[[Tensor], Tensor]  # (rows, hidden) -> (tokens, hidden), weighted and summed over top_k
+
+
+Exchange = Callable[[Tensor, Routing], Dispatched]
+ExpertCompute = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def exchange_locally(x: Float[Tensor, "tokens hidden"], routing: Routing) -> Dispatched:
+    """Every expert is on this device: sort rows by expert, and undo the sort."""
+    order, token = sort_by_expert(routing.experts)
+    rows_per_expert = torch.bincount(routing.experts.flatten(), minlength=routing.logits.shape[-1])
+    return Dispatched(x[token], rows_per_expert, lambda rows: combine(rows, order, routing.weights))
+
+
+def sort_by_expert(experts: Int[Tensor, "tokens top_k"]) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """Order of the flattened (token, choice) slots by expert, and the token of each sorted row."""
+    order = experts.flatten().argsort(stable=True)
+    return order, order // experts.shape[1]
+
+
+def combine(
+    rows: Float[Tensor, "rows hidden"], order: Int[Tensor, " rows"], weights: Float[Tensor, "tokens top_k"]
+) -> Float[Tensor, "tokens hidden"]:
+    """Put sorted rows back in their slots and take each token's weighted sum."""
+    slots = torch.empty_like(rows).index_copy(0, order, rows).view(*weights.shape, rows.shape[-1])
+    return (slots * weights.unsqueeze(-1)).sum(1)
+
+
+def experts_in_a_loop(
+    rows: Float[Tensor, "rows hidden"],
+    rows_per_expert: Int[Tensor, " local_experts"],
+    gate_up: Float[Tensor, "local_experts two_width hidden"],
+    down: Float[Tensor, "local_experts hidden width"],
+) -> Float[Tensor, "rows hidden"]:
+    """down_e(silu(gate_e x) * up_e x) for rows sorted by expert, one expert after the other. The definition.
+
+    Every expert is touched, rows or none, so that every rank builds the same graph. One host synchronisation.
+    """
+    out = []
+    for expert, x in enumerate(rows.split(rows_per_expert.tolist())):
+        gate, up = F.linear(x, gate_up[expert]).chunk(2, dim=-1)
+        out.append(F.linear(F.silu(gate) * up, down[expert]))
+    return torch.cat(out)
+
+
+class Router(nn.Module):
+    """Softmax over all experts, then the top k, renormalised to sum to 1 where the model says so; in float32.
+
+    The released model computes the logits in its own dtype; float32 avoids the ties that bfloat16 makes at the edge of
+    the top k, and makes recompute choose the same experts.
+    """
+
+    def __init__(self, hidden: int, experts: int, top_k: int, normalise: bool):
+        super().__init__()
+        self.top_k, self.normalise = top_k, normalise
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+
+    def forward(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
+        logits = F.linear(x.float(), self.weight.float())
+        weights, experts = logits.softmax(-1).topk(self.top_k, dim=-1)
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return Routing(experts, weights.to(x.dtype), logits)
+
+
+class Experts(nn.Module):
+    """Gated MLPs of the local experts, stacked in two tensors; `compute` is the definition or a kernel equal to it."""
+
+    def __init__(self, hidden: int, width: int, local_experts: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(local_experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(local_experts, hidden, width))
+        self.compute: ExpertCompute = experts_in_a_loop
+
+    def forward(
+        self, rows: Float[Tensor, "rows hidden"], rows_per_expert: Int[Tensor, " local_experts"]
+    ) -> Float[Tensor, "rows hidden"]:
+        return self.compute(rows, rows_per_expert, self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    """Routed experts plus one shared expert behind a sigmoid gate."""
+
+    def __init__(self, config: ModelConfig, local_experts: int):
+        super().__init__()
+        hidden = config.hidden_size
+        self.gate = Router(hidden, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob)
+        self.experts = Experts(hidden, config.moe_intermediate_size, local_experts)
+        self.shared_expert = MLP(hidden, config.shared_expert_intermediate_size)
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
+        self.exchange: Exchange = exchange_locally
+
+    def forward(self, x: Float[Tensor, "tokens hidden"]) -> tuple[Float[Tensor, "tokens hidden"], Routing]:
+        routing = self.gate(x)
+        rows, rows_per_expert, restore = self.exchange(x, routing)
+        routed = restore(self.experts(rows, rows_per_expert))
+        shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        return routed + shared, routing
