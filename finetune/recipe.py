@@ -1,0 +1,430 @@
+"""Every setting of a run: its type, its unit, its limits and what it does; and how a recipe file becomes one.
+
+A recipe is checked as a whole before anything starts: all mistakes are reported at once, each with its line. Settings
+that contradict each other, or that would do nothing, are mistakes too. Imports no torch.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+
+from finetune import recipe_rules, wording, yaml_tree
+from finetune.yaml_tree import Mistake, Node, Plain
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert"]
+MIXER_TARGETS: tuple[Target, ...] = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "in_proj_qkvz",
+    "in_proj_ba",
+    "out_proj",
+)
+
+Tokens = Annotated[int, Field(gt=0, json_schema_extra={"unit": "tokens"})]
+Steps = Annotated[int, Field(gt=0, json_schema_extra={"unit": "steps"})]
+StepsOrNever = Annotated[int, Field(ge=0, json_schema_extra={"unit": "steps"})]
+Count = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1, json_schema_extra={"unit": "fraction"})]
+Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run: one line for each mistake, with its place, its key and what to do."""
+
+
+class Section(BaseModel):
+    """What all sections share: exact types, no unknown keys, no change after reading."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The model that is trained."""
+
+    path: Text
+    """Folder of the checkpoint, or the hub id of one (Qwen/Qwen3-Coder-Next)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Where the weights come from: the checkpoint, or a seeded draw that reads only its config.json and tokenizer."""
+
+
+class Source(Section):
+    """One place that rows come from."""
+
+    path: Text
+    """File or folder of rows."""
+    format: Literal["auto", "chat", "text", "prompt_completion"] = "auto"
+    """What a row holds; auto looks at the first row."""
+
+
+class Data(Section):
+    """What is trained on, and what is only measured."""
+
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """Sources of the training rows."""
+    eval: tuple[Source, ...] = ()
+    """Sources of the held-out rows."""
+    packing: Literal["packed", "padded"] = "packed"
+    """packed: many documents in a sequence, kept apart exactly; padded: one document in a sequence."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What to do about a row that cannot be read; skipped rows are counted and reported."""
+    over_long: Literal["drop", "stop"] = "drop"
+    """What to do about a conversation longer than train.sequence_tokens; text is split instead."""
+    cache: Text | None = None
+    """Folder of tokenised data; null is .cache in output.dir."""
+
+
+class Train(Section):
+    """How much is trained, and in what portions."""
+
+    steps: Steps
+    """Optimizer steps of the whole run."""
+    sequence_tokens: Tokens = 4096
+    """Length of a training sequence; no document reaches further."""
+    micro_batch_tokens: Tokens = 4096
+    """What one rank forwards at once: whole sequences."""
+    global_batch_tokens: Tokens = 65536
+    """What one optimizer step is taken on: all ranks and micro-batches, padding included."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Fixes the order of the data, the adapters and every random draw."""
+    recompute: Literal["full", "none"] = "full"
+    """full: each layer is computed again in the backward pass and keeps almost nothing; none: faster, much memory."""
+    eval_every_steps: StepsOrNever = 0
+    """How often the held-out loss is measured; always before the first step and after the last, 0 is only then."""
+    log_every_steps: Steps = 10
+    """How often a line of progress is written; the first and the last step always write one."""
+
+
+class Optim(Section):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Learning rate at its peak."""
+    warmup_steps: StepsOrNever = 0
+    """Steps over which the learning rate rises to its peak."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """How the learning rate goes on from its peak."""
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1, json_schema_extra={"unit": "fraction"})] = 0.1
+    """Learning rate after the last step, as a fraction of its peak; only for cosine."""
+    weight_decay: Coefficient = 0.0
+    """Decoupled decay of matrices towards zero; norms, biases and decay rates have none."""
+    beta1: Fraction = 0.9
+    """Memory of the gradient's mean."""
+    beta2: Fraction = 0.95
+    """Memory of the gradient's square."""
+    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
+    """Added to the denominator of the update."""
+    clip_norm: Coefficient = 1.0
+    """Largest norm of the whole gradient, over all ranks; 0 is no clipping."""
+
+
+class Lora(Section):
+    """Low-rank adapters on a frozen base."""
+
+    rank: Annotated[int, Field(gt=0, le=4096)] = 16
+    """Inner size of every adapter."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
+    """Scale: an adapter adds alpha / rank times the product of its factors."""
+    dropout: Fraction = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = MIXER_TARGETS
+    """Which linear layers: of attention (q_proj k_proj v_proj o_proj), of DeltaNet (in_proj_qkvz in_proj_ba out_proj),
+    of the shared expert (shared_expert)."""
+
+
+class Balance(Section):
+    """The penalty on uneven load of the experts, per layer."""
+
+    kind: Literal["global", "micro", "sequence"] = "global"
+    """Over which tokens load is even: those of the whole step, of a micro-batch, or of each document."""
+    coefficient: Coefficient = 0.0
+    """Weight of the penalty beside the loss per token; 0 is off."""
+
+
+class Router(Section):
+    """The routers of the experts."""
+
+    train: bool = False
+    """Whether the router weights are trained, beside adapters or in full-parameter training."""
+    balance: Balance = Balance()
+    """The penalty on uneven load of the experts, per layer."""
+    z_coefficient: Coefficient = 0.0
+    """Weight of the penalty on large router logits; 0 is off."""
+
+
+class Parallel(Section):
+    """How the work is divided over processes."""
+
+    ranks: Count = 1
+    """Processes that are started where there is no GPU, and that `plan` assumes; with GPUs there is one for each."""
+    expert: Count = 1
+    """Ranks that share one copy of the experts; divides the ranks and the number of experts."""
+    zero_stage: Literal[1, 2] = 2
+    """What ZeRO divides over the ranks: 1 the optimizer's state, 2 the gradients too."""
+
+
+class Kernels(Section):
+    """Which form of a computation is used where there are several."""
+
+    experts: Literal["auto", "grouped", "loop"] = "auto"
+    """Grouped matrix products, or one expert after the other; auto is grouped wherever it runs."""
+
+
+class Monitor(Section):
+    """What is watched beside the loss."""
+
+    routing_every_steps: StepsOrNever = 10
+    """How often the load of every expert is recorded; 0 is never."""
+    drift_every_steps: StepsOrNever = 0
+    """How often routing is compared with that of the frozen base on the same tokens (LoRA only); 0 is never."""
+    probe_tokens: Tokens = 4096
+    """Tokens on which drift is measured, rounded up to whole sequences."""
+    wandb: Literal["offline", "online", "off"] = "offline"
+    """Whether Weights & Biases records the run: in the run folder, on its server, or not at all."""
+    project: Text = "nextune"
+    """Project of the Weights & Biases run."""
+
+
+class Checkpoint(Section):
+    """What a run can be continued from."""
+
+    every_steps: StepsOrNever = 100
+    """How often one is written; always after the last step, 0 is only then."""
+    keep: Count = 2
+    """How many are kept, the newest."""
+
+
+class Output(Section):
+    """Where results go."""
+
+    dir: Text = "runs"
+    """Folder that holds the run folder; relative to the current folder."""
+
+
+class Recipe(Section):
+    """Every setting of one run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = ""
+    """Name of the run and of its folder; the recipe's file name by default."""
+    model: Model
+    """The model that is trained."""
+    data: Data
+    """What is trained on, and what is only measured."""
+    train: Train
+    """How much is trained, and in what portions."""
+    optim: Optim = Optim()
+    """AdamW and its schedule."""
+    lora: Lora | None = Lora()
+    """Low-rank adapters on a frozen base; null trains every parameter of the model instead."""
+    router: Router = Router()
+    """The routers of the experts."""
+    parallel: Parallel = Parallel()
+    """How the work is divided over processes."""
+    kernels: Kernels = Kernels()
+    """Which form of a computation is used where there are several."""
+    monitor: Monitor = Monitor()
+    """What is watched beside the loss."""
+    checkpoint: Checkpoint = Checkpoint()
+    """What a run can be continued from."""
+    output: Output = Output()
+    """Where results go."""
+
+    @property
+    def packs_per_micro_batch(self) -> int:
+        """Training sequences that one rank forwards at once."""
+        return self.train.micro_batch_tokens // self.train.sequence_tokens
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches that each of `ranks` ranks forwards in one optimizer step.
+
+        Raises:
+            RecipeError: the global batch does not divide evenly over so many ranks.
+        """
+        problem = recipe_rules.batch_problem(self, ranks)
+        if problem is not None:
+            raise RecipeError(f"{self.name}: train.global_batch_tokens: {problem}")
+        return self.train.global_batch_tokens // (self.train.micro_batch_tokens * ranks)
+
+    def check_ranks(self, ranks: int, num_experts: int) -> None:
+        """Refuse a number of ranks, or a model, that the recipe's expert parallel size does not fit.
+
+        Raises:
+            RecipeError: says which number parallel.expert does not divide.
+        """
+        expert = self.parallel.expert
+        for whole, what in ((ranks, "ranks of this run"), (num_experts, "experts of the model")):
+            if whole % expert:
+                raise RecipeError(f"{self.name}: parallel.expert: {expert} does not divide the {whole} {what}")
+
+
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), *, root: Path = CHECKOUT, check_paths: bool = True
+) -> Recipe:
+    """The recipe in a YAML file, after `section.key=value` overrides.
+
+    Args:
+        root: folder that relative paths are looked up in when the current folder does not have them.
+        check_paths: whether data and model folders must exist on this machine.
+
+    Raises:
+        RecipeError: everything that is wrong with it, one line each.
+    """
+    if not path.exists():
+        path = resolve(str(path), root) or path
+    tree, mistakes = yaml_tree.read_file(path)
+    if tree is None:
+        raise _error(mistakes)
+    for override in overrides:
+        yaml_tree.apply_override(tree, override, mistakes)
+    mistakes += [
+        Mistake(yaml_tree.Place(f"--set {override}", 0), key, "set twice with --set; keep one")
+        for override, key in _repeated(overrides)
+    ]
+    assert isinstance(tree.value, dict)
+    tree.value.setdefault("name", Node(path.stem, tree.place))
+    settings = wording.settings_of(json_schema())
+    recipe = _validate(tree, settings, mistakes)
+    wrong = [mistake.key for mistake in mistakes]
+    for keys, rule in recipe_rules.RULES:
+        if not any(_touches(key, bad) for key in keys for bad in wrong):
+            problem = rule(recipe)
+            if problem is not None:
+                mistakes.append(Mistake(_first_written(tree, keys), keys[0], problem))
+    if check_paths:
+        mistakes += _missing_paths(tree, root)
+    if mistakes:
+        raise _error(mistakes)
+    return recipe
+
+
+def resolve(path: str, root: Path = CHECKOUT) -> Path | None:
+    """The existing file or folder that `path` means: as given from the current folder, else from `root`; or None."""
+    given = Path(path).expanduser()
+    return next((place.resolve() for place in (Path.cwd() / given, root / given) if place.exists()), None)
+
+
+def dump(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included; reads back as an equal recipe."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # typed as None
+    yaml.width = 120
+    text = io.StringIO()
+    yaml.dump(recipe.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, for editors."""
+    return Recipe.model_json_schema()
+
+
+def explain() -> str:
+    """Every key with its unit or choices, its default and what it does, as lines of text."""
+    return wording.table(json_schema())
+
+
+def _validate(tree: Node, settings: dict[str, dict[str, Any]], mistakes: list[Mistake]) -> Recipe:
+    """The recipe in the tree; what is wrong joins the mistakes and is left out, so that the rest can be checked."""
+    plain = tree.plain()
+    assert isinstance(plain, dict)
+    for required in ("model", "data", "train"):
+        plain.setdefault(required, {})
+    try:
+        return Recipe.model_validate(plain)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    read = list(mistakes)
+    for found in errors:
+        key, place = ".".join(map(str, found["loc"])), tree.place_of(found["loc"])
+        reported = any(mistake.place == place and _touches(key, mistake.key) for mistake in read)
+        only_its_items_are_wrong = found["type"] == "too_short" and found["input"]
+        if not reported and not only_its_items_are_wrong:
+            mistakes.append(Mistake(place, key, wording.sentence(found, settings)))
+        _leave_out(plain, found["loc"])
+    for section, key, stand_in in _STAND_INS:
+        inside = plain.setdefault(section, {})
+        assert isinstance(inside, dict)
+        inside.setdefault(key, stand_in)
+    return Recipe.model_validate(plain)
+
+
+def _leave_out(plain: dict[str, Plain], keys: tuple[str | int, ...]) -> None:
+    """Delete what `keys` names; when that is in a list, the whole list."""
+    inside = plain
+    for key in keys:
+        assert isinstance(key, str)
+        child = inside.get(key)
+        if not isinstance(child, dict) or key == keys[-1]:
+            inside.pop(key, None)
+            return
+        inside = child
+
+
+def _touches(key: str, other: str) -> bool:
+    """Whether one of two dotted keys lies within the other."""
+    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
+
+
+def _first_written(tree: Node, keys: Sequence[str]) -> yaml_tree.Place:
+    """The place of the first of `keys` that the recipe really says."""
+    paths = [tuple(key.split(".")) for key in keys]
+    return next((tree.place_of(path) for path in paths if tree.at(path) is not None), tree.place)
+
+
+def _error(mistakes: list[Mistake]) -> RecipeError:
+    by_line = sorted(mistakes, key=lambda mistake: (mistake.place.line == 0, mistake.place.line))
+    return RecipeError("\n".join(map(str, by_line)))
+
+
+def _repeated(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    return ((overrides[at], key) for at, key in enumerate(keys) if key in keys[:at])
+
+
+def _missing_paths(tree: Node, root: Path) -> Iterator[Mistake]:
+    """Sources, and a model folder, that are not on this machine."""
+    for key, place, path in _written_paths(tree):
+        found = resolve(path, root)
+        if found is None and not (key == "model.path" and is_hub_id(path, root)):
+            yield Mistake(place, key, f"'{path}' exists neither in the current folder nor in {root}")
+        elif found is not None and key == "model.path" and not found.is_dir():
+            yield Mistake(place, key, f"'{path}' is a file; give the folder of the checkpoint")
+
+
+def _written_paths(tree: Node) -> Iterator[tuple[str, yaml_tree.Place, str]]:
+    """Every path of the tree that must exist, whatever else is wrong: dotted key, place, text."""
+    nodes = {"model.path": tree.at(("model", "path"))}
+    for part in ("train", "eval"):
+        sources = tree.at(("data", part))
+        if sources is not None and isinstance(sources.value, list):
+            nodes |= {f"data.{part}.{i}.path": source.child("path") for i, source in enumerate(sources.value)}
+    for key, node in nodes.items():
+        if node is not None and isinstance(node.value, str) and node.value:
+            yield key, node.place, node.value
+
+
+def is_hub_id(path: str, root: Path = CHECKOUT) -> bool:
+    """Whether `path`, which is not on this machine, reads as owner/name on the hub rather than as a folder."""
+    owner, slash, name = path.partition("/")
+    words = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+    return bool(slash and words.fullmatch(owner) and words.fullmatch(name)) and resolve(owner, root) is None
+
+
+# Stand in for required settings that are wrong, while the rest is checked.
+_STAND_INS: tuple[tuple[str, str, Plain], ...] = (
+    ("model", "path", "-"),
+    ("data", "train", ({"path": "-"},)),
+    ("train", "steps", 1),
+)

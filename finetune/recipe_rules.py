@@ -1,0 +1,117 @@
+"""What must hold between the settings of a recipe: rules that contradictions and settings without effect break."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:  # finetune/recipe.py applies the rules
+    from finetune.recipe import Recipe
+
+
+def batch_problem(recipe: "Recipe", ranks: int) -> str | None:
+    """Why the global batch does not divide into whole micro-batches of `ranks` ranks, or None."""
+    whole, micro = recipe.train.global_batch_tokens, recipe.train.micro_batch_tokens
+    return _multiple(
+        whole, micro * ranks, f"train.micro_batch_tokens x {ranks} rank{'s' if ranks > 1 else ''} ({micro} x {ranks})"
+    )
+
+
+def _multiple(whole: int, part: int, name: str) -> str | None:
+    if whole % part == 0:
+        return None
+    near = max(round(whole / part), 1) * part
+    return f"{whole} is not a multiple of {name}; {near} is"
+
+
+def _expert_problem(recipe: "Recipe") -> str | None:
+    ranks, expert = recipe.parallel.ranks, recipe.parallel.expert
+    return f"{expert} does not divide parallel.ranks, which is {ranks}" if ranks % expert else None
+
+
+def _warmup_problem(recipe: "Recipe") -> str | None:
+    warmup, steps = recipe.optim.warmup_steps, recipe.train.steps
+    return f"{warmup} is more than train.steps, which is {steps}" if warmup > steps else None
+
+
+def _targets_problem(recipe: "Recipe") -> str | None:
+    targets = recipe.lora.targets if recipe.lora else ()
+    twice = sorted({target for target in targets if targets.count(target) > 1})
+    return f"{', '.join(twice)} is listed twice" if twice else None
+
+
+def _sources_problem(recipe: "Recipe") -> str | None:
+    trained = {source.path for source in recipe.data.train}
+    both = sorted(trained & {source.path for source in recipe.data.eval})
+    return f"{', '.join(both)} is in data.train too; held-out rows must not be trained on" if both else None
+
+
+def _over_long_problem(recipe: "Recipe") -> str | None:
+    texts = all(source.format == "text" for source in (*recipe.data.train, *recipe.data.eval))
+    return "has no effect on text, which is split into sequences" if texts and recipe.data.over_long != "drop" else None
+
+
+def _no_effect(
+    section: str, key: str, unless: Callable[["Recipe"], bool], why: str
+) -> Callable[["Recipe"], str | None]:
+    """A rule: `key` must have its default unless a condition holds, since it would do nothing."""
+
+    def rule(recipe: "Recipe") -> str | None:
+        inside: BaseModel = recipe
+        for name in section.split("."):
+            inside = getattr(inside, name)
+        changed = getattr(inside, key) != type(inside).model_fields[key].default
+        return f"has no effect {why}" if changed and not unless(recipe) else None
+
+    return rule
+
+
+# The settings that a rule reads, the one to blame first, and the rule: what is wrong, or None.
+RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
+    (
+        ("train.micro_batch_tokens", "train.sequence_tokens"),
+        lambda r: _multiple(r.train.micro_batch_tokens, r.train.sequence_tokens, "train.sequence_tokens"),
+    ),
+    (
+        ("train.global_batch_tokens", "train.micro_batch_tokens", "parallel.ranks"),
+        lambda r: batch_problem(r, r.parallel.ranks),
+    ),
+    (("parallel.expert", "parallel.ranks"), _expert_problem),
+    (("optim.warmup_steps", "train.steps"), _warmup_problem),
+    (
+        ("optim.final_lr_fraction", "optim.schedule"),
+        _no_effect("optim", "final_lr_fraction", lambda r: r.optim.schedule == "cosine", "on a constant schedule"),
+    ),
+    (("lora.targets",), _targets_problem),
+    (
+        ("router.balance.kind", "router.balance.coefficient"),
+        _no_effect(
+            "router.balance",
+            "kind",
+            lambda r: r.router.balance.coefficient > 0,
+            "while router.balance.coefficient is 0",
+        ),
+    ),
+    (
+        ("monitor.drift_every_steps", "lora"),
+        _no_effect(
+            "monitor", "drift_every_steps", lambda r: r.lora is not None, "without lora: there is no frozen base left"
+        ),
+    ),
+    (
+        ("monitor.probe_tokens", "monitor.drift_every_steps"),
+        _no_effect(
+            "monitor", "probe_tokens", lambda r: r.monitor.drift_every_steps > 0, "while monitor.drift_every_steps is 0"
+        ),
+    ),
+    (
+        ("monitor.project", "monitor.wandb"),
+        _no_effect("monitor", "project", lambda r: r.monitor.wandb != "off", "while monitor.wandb is off"),
+    ),
+    (
+        ("train.eval_every_steps", "data.eval"),
+        _no_effect("train", "eval_every_steps", lambda r: bool(r.data.eval), "without data.eval"),
+    ),
+    (("data.eval", "data.train"), _sources_problem),
+    (("data.over_long", "data.train", "data.eval"), _over_long_problem),
+)

@@ -1,0 +1,262 @@
+"""A YAML 1.2 reader that knows where everything was written, and the `--set` changes made to what it read.
+
+Scalars follow the YAML 1.2 core schema (`no` is text, `010` is ten), plus underscores between the digits of whole
+numbers. What makes a settings file surprising is refused rather than resolved: repeated keys, empty values, anchors,
+merge keys, tags, directives, several documents. Nothing here knows what a recipe is.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import (
+    AliasEvent,
+    DocumentStartEvent,
+    Event,
+    MappingEndEvent,
+    MappingStartEvent,
+    NodeEvent,
+    ScalarEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+)
+
+Scalar = str | int | float | bool | None
+Plain = Scalar | dict[str, "Plain"] | tuple["Plain", ...]
+
+_NULL = ("null", "Null", "NULL", "~")
+_BOOL = {text: text.lower() == "true" for text in ("true", "True", "TRUE", "false", "False", "FALSE")}
+_INT = re.compile(r"[-+]?[0-9]+(_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = {sign + word: float(sign + word[1:]) for sign in ("", "+", "-") for word in (".inf", ".Inf", ".INF")} | {
+    word: float("nan") for word in (".nan", ".NaN", ".NAN")
+}
+_LONGEST_NUMBER = 100  # characters; what is longer stays text
+_DEEPEST = 20  # levels of nesting
+
+
+class Place(NamedTuple):
+    """Where something was written: a line of a file, or a `--set` argument (line 0)."""
+
+    source: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}" if self.line else self.source
+
+
+class Mistake(NamedTuple):
+    """One thing to put right: where, at which dotted key ("" is the whole file), and a sentence that says what."""
+
+    place: Place
+    key: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.key}: {self.sentence}" if self.key else f"{self.place}: {self.sentence}"
+
+
+@dataclass
+class Node:
+    """A scalar, list or mapping, and the place of its key."""
+
+    value: "Scalar | list[Node] | dict[str, Node]"
+    place: Place
+
+    def child(self, key: str) -> "Node | None":
+        """What is written under `key`, or at that place of a list."""
+        if isinstance(self.value, dict):
+            return self.value.get(key)
+        if isinstance(self.value, list) and key.isdecimal() and int(key) < len(self.value):
+            return self.value[int(key)]
+        return None
+
+    def at(self, keys: tuple[str, ...]) -> "Node | None":
+        """What is written at `keys`."""
+        node: Node | None = self
+        for key in keys:
+            node = node.child(key) if node is not None else None
+        return node
+
+    def plain(self) -> Plain:
+        """The value without places; lists become tuples."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return tuple(child.plain() for child in self.value)
+        return self.value
+
+    def place_of(self, keys: tuple[str | int, ...]) -> Place:
+        """Where `keys` was written; where it is missing, the place of the nearest section around it."""
+        node = self
+        for key in keys:
+            inside = node.child(str(key))
+            if inside is None:
+                break
+            node = inside
+        return node.place
+
+
+def read_file(path: Path) -> tuple[Node | None, list[Mistake]]:
+    """The tree of a settings file and what is wrong with it; no tree when the file cannot be read at all."""
+    whole = Place(str(path), 0)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None, [Mistake(whole, "", "no such file")]
+    except UnicodeDecodeError as error:
+        return None, [Mistake(whole, "", f"not UTF-8 text (byte {error.start}); save the file as UTF-8")]
+    except OSError as error:
+        return None, [Mistake(whole, "", f"cannot be read ({error.strerror})")]
+    mistakes: list[Mistake] = []
+    node = _read_text(text, Place(str(path), 1), mistakes)
+    if node is not None and not isinstance(node.value, dict):
+        mistakes.append(Mistake(node.place, "", "expected sections such as 'model:' and 'train:' at the top level"))
+    return (node if node is not None and isinstance(node.value, dict) else None), mistakes
+
+
+def apply_override(root: Node, assignment: str, mistakes: list[Mistake]) -> None:
+    """Write `section.key=value` into the tree; the value is YAML, items of lists are numbered from 0."""
+    place = Place(f"--set {assignment}", 0)
+    dotted, equals, text = assignment.partition("=")
+    dotted = dotted.strip()
+    if not equals or not all(dotted.split(".")):
+        mistakes.append(Mistake(place, "", "expected key=value, such as optim.lr=1e-4"))
+        return
+    found_before = len(mistakes)
+    value = _read_text(text, place, mistakes, key=dotted)
+    if value is None or len(mistakes) > found_before:
+        return
+    node, walked = root, ""
+    for key in dotted.split(".")[:-1]:
+        walked = f"{walked}.{key}" if walked else key
+        child = node.child(key)
+        if child is None and isinstance(node.value, dict):
+            child = node.value[key] = Node({}, place)
+        elif child is not None and child.value is None:
+            child.value, child.place = {}, place
+        if child is None or not isinstance(child.value, dict | list):
+            mistakes.append(Mistake(place, dotted, f"{walked} has nothing inside it to set"))
+            return
+        node = child
+    last = dotted.rpartition(".")[2]
+    if isinstance(node.value, dict):
+        node.value[last] = value
+    elif isinstance(node.value, list) and node.child(last) is not None:
+        node.value[int(last)] = value
+    else:
+        mistakes.append(Mistake(place, dotted, f"the list has no item {last}; its items are numbered from 0"))
+
+
+def scalar(text: str) -> Scalar:
+    """What an unquoted YAML scalar means."""
+    if text in _NULL:
+        return None
+    if text in _BOOL:
+        return _BOOL[text]
+    if text in _NOT_FINITE:
+        return _NOT_FINITE[text]
+    if len(text) > _LONGEST_NUMBER:
+        return text
+    if _INT.fullmatch(text):
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def _read_text(text: str, start: Place, mistakes: list[Mistake], key: str = "") -> Node | None:
+    """The tree of YAML text; None and one more mistake when there is none."""
+    events = YAML(typ="safe", pure=True).parse(text)
+    root: Node | None = None
+    try:
+        for event in events:
+            if isinstance(event, DocumentStartEvent):
+                place = _place(event, start)
+                if root is not None:
+                    raise _Unreadable(Mistake(place, key, "a second document starts here; a recipe is one"))
+                if event.version or event.tags:
+                    raise _Unreadable(Mistake(place, key, "directives (%YAML, %TAG) are not read; delete them"))
+                first = next(events)
+                root = _compose(events, first, _place(first, start), start, mistakes, (key,) if key else ())
+    except _Unreadable as error:
+        mistakes.append(error.mistake)
+        return None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line if error.problem_mark else 0
+        mistakes.append(Mistake(_at_line(line, start), key, _what_is_unreadable(text, line, error.problem or "")))
+        return None
+    except YAMLError:  # a character that YAML does not allow; the error counts characters, not lines
+        mistakes.append(Mistake(start, key, "holds a control character that YAML does not allow; delete it"))
+        return None
+    if root is None:
+        mistakes.append(Mistake(start, key, "is empty"))
+    return root
+
+
+class _Unreadable(Exception):  # noqa: N818  (never leaves this file)
+    def __init__(self, mistake: Mistake):
+        self.mistake = mistake
+
+
+def _compose(
+    events: Iterator[Event], event: Event, place: Place, start: Place, mistakes: list[Mistake], keys: tuple[str, ...]
+) -> Node:
+    """The node that begins at `event`, taking from `events` what belongs to it; `place` is that of its key."""
+    dotted = ".".join(keys)
+    if len(keys) > _DEEPEST:
+        raise _Unreadable(Mistake(place, "", f"nested more than {_DEEPEST} levels deep"))
+    if isinstance(event, AliasEvent) or (isinstance(event, NodeEvent) and event.anchor is not None):
+        mistakes.append(Mistake(place, dotted, "anchors (&) and aliases (*) are not read; write the value out"))
+    if isinstance(event, ScalarEvent | SequenceStartEvent | MappingStartEvent) and event.tag is not None:
+        mistakes.append(Mistake(place, dotted, "tags (!) are not read; delete it"))
+    if isinstance(event, MappingStartEvent):
+        return Node(_mapping(events, start, mistakes, keys), place)
+    if isinstance(event, SequenceStartEvent):
+        items: list[Node] = []
+        while not isinstance(event := next(events), SequenceEndEvent):
+            items.append(_compose(events, event, _place(event, start), start, mistakes, (*keys, str(len(items)))))
+        return Node(items, place)
+    if not isinstance(event, ScalarEvent):
+        return Node(None, place)  # an alias, reported above
+    if event.style is not None:
+        return Node(event.value, place)  # quoted: text whatever it looks like
+    if not event.value:
+        mistakes.append(Mistake(place, dotted, "has no value; write one (null if nothing is meant) or delete the line"))
+    return Node(scalar(event.value), place)
+
+
+def _mapping(events: Iterator[Event], start: Place, mistakes: list[Mistake], keys: tuple[str, ...]) -> dict[str, Node]:
+    children: dict[str, Node] = {}
+    while not isinstance(event := next(events), MappingEndEvent):
+        place = _place(event, start)
+        if not isinstance(event, ScalarEvent):
+            raise _Unreadable(Mistake(place, ".".join(keys), "a key must be a single word"))
+        name = event.value
+        dotted = ".".join((*keys, name))
+        child = _compose(events, next(events), place, start, mistakes, (*keys, name))
+        if name == "<<":
+            mistakes.append(Mistake(place, dotted, "merge keys are not read; write the settings out"))
+        elif name in children:
+            mistakes.append(Mistake(place, dotted, f"set before, on line {children[name].place.line}; keep one"))
+        else:
+            children[name] = child
+    return children
+
+
+def _place(event: Event, start: Place) -> Place:
+    return _at_line(event.start_mark.line, start)
+
+
+def _at_line(line: int, start: Place) -> Place:
+    """The place of a line counted from 0; everything in a `--set` is at the same place."""
+    return Place(start.source, start.line + line) if start.line else start
+
+
+def _what_is_unreadable(text: str, line: int, problem: str) -> str:
+    lines = text.splitlines()
+    if line < len(lines) and "\t" in lines[line]:
+        return "holds a tab; YAML wants spaces"
+    return f"not readable as YAML ({problem}); look at the colons, quotes, brackets and indentation here and just above"
