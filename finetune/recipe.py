@@ -4,7 +4,9 @@ A recipe is checked as a whole before anything starts: all mistakes are reported
 that contradict each other, or that would do nothing, are mistakes too. Imports no torch.
 """
 
+import glob
 import io
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,9 +65,9 @@ class Source(Section):
     """One place that rows come from."""
 
     path: Text
-    """File or folder of rows."""
-    format: Literal["auto", "chat", "text", "prompt_completion"] = "auto"
-    """What a row holds; auto looks at the first row."""
+    """File or folder of rows, or a glob (rows/**/*.jsonl)."""
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """What a row holds; auto tells by its columns."""
 
 
 class Data(Section):
@@ -309,9 +311,12 @@ def load_recipe(
 
 
 def resolve(path: str, root: Path = CHECKOUT) -> Path | None:
-    """The existing file or folder that `path` means: as given from the current folder, else from `root`; or None."""
+    """The existing file, folder or glob that `path` means: from the current folder, else from `root`; or None."""
     given = Path(path).expanduser()
-    return next((place.resolve() for place in (Path.cwd() / given, root / given) if place.exists()), None)
+    for place in (Path.cwd() / given, root / given):
+        if place.exists() or any(glob.iglob(str(place), recursive=True)):
+            return Path(os.path.normpath(place))
+    return None
 
 
 def dump(recipe: Recipe) -> str:
