@@ -6,6 +6,7 @@ that contradict each other, or that would do nothing, are mistakes too. Imports 
 
 import glob
 import io
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -333,6 +334,11 @@ def dump(recipe: Recipe) -> str:
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, for editors."""
     return Recipe.model_json_schema()
+
+
+def schema_text() -> str:
+    """What recipes/schema.json holds; editors read it through the first line of a recipe."""
+    return json.dumps(json_schema(), indent=2) + "\n"
 
 
 def explain() -> str:

@@ -38,8 +38,8 @@ def sentence(error: ErrorDetails, settings: dict[str, dict[str, Any]]) -> str:
     setting = settings[key]
     if error["type"] == "missing":
         return f"missing; {setting['description'].splitlines()[0]}"
-    if error["type"] == "literal_error":
-        choices = choices_of(setting)
+    choices = choices_of(setting)
+    if choices:
         return f"{shown(error['input'])} is not one of {', '.join(choices)}{did_you_mean(str(error['input']), choices)}"
     return _SENTENCES[error["type"]](setting, error.get("ctx", {}), shown(error["input"]))
 
@@ -62,7 +62,7 @@ def table(schema: dict[str, Any]) -> str:
 
 def choices_of(setting: dict[str, Any]) -> list[str]:
     """The words that a setting may have, in order; empty when it is free."""
-    return list(setting.get("enum", [setting["const"]] if "const" in setting else []))
+    return list(map(str, setting.get("enum", [setting["const"]] if "const" in setting else [])))
 
 
 def shown(value: object) -> str:
@@ -79,7 +79,7 @@ def shown(value: object) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the known word most like `word`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
@@ -87,7 +87,7 @@ def _kind(setting: dict[str, Any]) -> str:
     """The unit of a setting, or its choices, or its type."""
     choices = choices_of(setting) or choices_of(setting.get("items", {}))
     if choices:
-        return " | ".join(map(str, choices))
+        return " | ".join(choices)
     limits = {"exclusiveMinimum": "> ", "minimum": ">= ", "exclusiveMaximum": "< ", "maximum": "<= "}
     bounds = [f"{sign}{setting[limit]:,}" for limit, sign in limits.items() if limit in setting]
     types = {
