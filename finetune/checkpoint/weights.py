@@ -1,0 +1,257 @@
+"""Model weights from and to folders in the released layout, one stored tensor at a time.
+
+A rank of an expert-parallel run reads its own experts only. Writing gives what the hub serves: experts one by one,
+numbered files with an index, and everything of the base folder that is not weights, byte for byte.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # HTTPError: of its client
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from finetune.checkpoint.folder import WEIGHT_SUFFIXES, copy_companions, whole_folder, write_json
+from finetune.checkpoint.layout import (
+    CheckpointError,
+    Slot,
+    is_carried,
+    is_fused,
+    parameter_shapes,
+    stored_tensors,
+)
+from finetune.checkpoint.shards import Checkpoint, Entry, listed, open_checkpoint, write_shards
+from finetune.model.config import ModelConfig
+from finetune.model.model import HybridMoEForCausalLM
+
+MAX_SHARD_BYTES = 5e9  # what the hub's own tools write
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_model(path: str) -> Path:
+    """The folder of a model: a local folder (from here, then from the checkout), else a repository of the hub.
+
+    A hub repository is downloaded once, into the cache of `huggingface_hub`; it needs the network the first time.
+
+    Raises:
+        CheckpointError: no such folder, and no such repository within reach.
+    """
+    for folder in (Path(path).expanduser(), _CHECKOUT / path):
+        if folder.is_dir():
+            return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        raise CheckpointError(f"{path}: no such folder; point at a checkpoint folder or a hub repository OWNER/NAME")
+    try:
+        # `original/` and the other formats would double a download of 160 GB.
+        unused = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if not suffix.startswith(".safetensors")]
+        return Path(snapshot_download(path, ignore_patterns=[*unused, "*.h5", "*.msgpack", "original/*", "onnx/*"]))
+    except (OSError, HTTPError, HFValidationError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CheckpointError(
+            f"{path}: no such folder, and the hub does not give a repository of that name ({reason}); check the name "
+            "and the network, or download it and point at the folder"
+        ) from error
+
+
+def match(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Slot]:
+    """The place in our parameters of every stored tensor that the model loads.
+
+    With tied embeddings a stored `lm_head.weight` is tolerated, and has the place of the embeddings.
+
+    Raises:
+        CheckpointError: tensors missing, unknown, or of another shape than `config` says.
+    """
+    found = checkpoint.tensors
+    slots = stored_tensors(config, fused=is_fused(found))
+    if config.tie_word_embeddings and "lm_head.weight" in found:
+        slots["lm_head.weight"] = slots["model.embed_tokens.weight"]
+    faults = {
+        "missing": [name for name in slots if name not in found],
+        "unknown": [
+            f"{name} (in {at.file})" for name, at in found.items() if name not in slots and not is_carried(name)
+        ],
+        "of another shape": [
+            f"{name} (in {found[name].file}: {list(found[name].shape)}, expected {list(slot.shape)})"
+            for name, slot in slots.items()
+            if name in found and found[name].shape != slot.shape
+        ],
+    }
+    told = [f"{len(names)} {fault}: {listed(names)}" for fault, names in faults.items() if names]
+    if told:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the weights do not fit config.json; {'; '.join(told)}; "
+            "download the checkpoint again, or correct config.json"
+        )
+    return slots
+
+
+def load_weights(
+    model: HybridMoEForCausalLM, folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> None:
+    """Give `model`, usually built on the meta device, the weights in `folder`: of its own experts only.
+
+    Every parameter is replaced by a new one that keeps its `requires_grad` and its attributes, so load before an
+    optimizer or an adapter sees the model.
+
+    Raises:
+        CheckpointError: the folder does not hold this model.
+    """
+    checkpoint = open_checkpoint(folder)
+    slots = match(checkpoint, model.settings)
+    _check_tied(checkpoint, model.settings)
+    parameters = _materialise(model, dtype, device)
+    files = checkpoint.by_file()
+    for number, (file, names) in enumerate(files.items(), start=1):
+        logger.info("reading %s (%d of %d)", file, number, len(files))
+        with safe_open(folder / file, "pt") as opened:
+            for name in names:
+                if not is_carried(name):
+                    _fill(parameters, slots[name], opened, name, model.local_experts)
+
+
+def _fill(parameters: Mapping[str, Tensor], slot: Slot, opened: Any, name: str, local: range) -> None:
+    if slot.expert is not None and slot.expert not in local:
+        return
+    values = opened.get_slice(name)[local.start : local.stop] if slot.fused else opened.get_tensor(name)
+    with torch.no_grad():
+        slot.of(parameters[slot.parameter], local.start).copy_(values)
+
+
+def _materialise(model: HybridMoEForCausalLM, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
+    """Put an empty parameter of `dtype` on `device` in the place of every parameter of the model."""
+    expected = parameter_shapes(model.settings).keys()
+    parameters: dict[str, Tensor] = {}
+    for name, old in list(model.named_parameters()):
+        assert name in expected, f"{name} is not a parameter of the plain model; load before adding adapters"
+        new = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device), requires_grad=old.requires_grad)
+        new.__dict__.update(old.__dict__)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, new)
+        parameters[name] = new
+    if model.settings.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    assert parameters.keys() == expected, f"not parameters of the model: {expected - parameters.keys()}"
+    return parameters
+
+
+def _check_tied(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    if not config.tie_word_embeddings or "lm_head.weight" not in checkpoint.tensors:
+        return
+    if not torch.equal(checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")):
+        raise CheckpointError(
+            f"{checkpoint.folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json ties them; "
+            "set tie_word_embeddings to false there, or remove the tensor"
+        )
+
+
+def from_pretrained(
+    folder: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", experts: range | None = None
+) -> HybridMoEForCausalLM:
+    """The model in `folder`, with all its experts or those of one rank.
+
+    Raises:
+        CheckpointError: the weights do not fit the configuration.
+        ConfigError: no configuration, or one of another model.
+    """
+    config = ModelConfig.from_folder(folder)
+    with init_empty_weights(include_buffers=True):
+        model = HybridMoEForCausalLM(config, experts)
+    load_weights(model, folder, dtype, device)
+    assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer has no values: load_weights must compute it"
+    return model
+
+
+def save_pretrained(
+    model: HybridMoEForCausalLM,
+    folder: Path,
+    *,
+    base: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+) -> None:
+    """Write the whole model as a folder in the released layout, which appears whole or not at all.
+
+    Args:
+        base: checkpoint folder that the model comes from. Its configuration, tokenizer, templates and other files go
+            into the new folder byte for byte, and so do its `mtp.*` tensors. Without it a configuration is written.
+        dtype: of every tensor of the model; by default what `base` stores it in, else that of the parameter.
+
+    Raises:
+        CheckpointError: `folder` is not free, `base` is not a checkpoint of this model, or the disk refused.
+    """
+    config = model.settings
+    assert model.local_experts == range(config.num_experts), "a rank that holds some experts cannot write them all"
+    origin = open_checkpoint(base) if base is not None else None
+    kept = (
+        {slot.parameter: origin.tensors[name].torch_dtype for name, slot in match(origin, config).items()}
+        if origin
+        else {}
+    )
+    parameters = dict(model.named_parameters())
+    slots = stored_tensors(config)
+    entries = {}
+    for name, slot in slots.items():
+        stored = kept[slot.parameter] if kept else parameters[slot.parameter].dtype
+        entries[name] = Entry(dtype or stored, slot.shape)
+    for name, carried in origin.tensors.items() if origin else ():
+        if is_carried(name):
+            entries[name] = Entry(carried.torch_dtype, carried.shape)
+
+    def read(name: str) -> Tensor:
+        if name in slots:
+            slot = slots[name]
+            return slot.of(parameters[slot.parameter]).detach().to("cpu", entries[name].dtype)
+        assert origin is not None
+        return origin.read(name)
+
+    with whole_folder(folder) as partial:
+        if base is not None:
+            copy_companions(base, partial)
+        else:
+            first = next(iter(entries.values())).dtype
+            write_json(partial / "config.json", released_config(config, first))
+        write_shards(partial, entries, read, max_shard_bytes)
+
+
+def released_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """A `config.json` in the spelling of the released ones.
+
+    The rotary settings are at the top, where transformers 4 reads them (it ignores the `rope_parameters` of version 5
+    and falls back to a base of 10,000 without a word); version 5 reads both. The layer types are written as an
+    interval where one makes them, and in full otherwise.
+    """
+    interval = next(
+        (
+            every
+            for every in range(1, config.num_hidden_layers + 2)
+            if all(
+                (mixer == "full_attention") == ((layer + 1) % every == 0)
+                for layer, mixer in enumerate(config.layer_types)
+            )
+        ),
+        None,
+    )
+    layers = {"full_attention_interval": interval} if interval else {"layer_types": list(config.layer_types)}
+    values = {name: value for name, value in vars(config).items() if name != "layer_types"}
+    return {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_scaling": None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        **values,
+        "mlp_only_layers": list(config.mlp_only_layers),
+        **layers,
+    }
