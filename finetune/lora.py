@@ -18,6 +18,10 @@ ADAPTER = "default"
 SHARED_EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
+class AdapterError(ValueError):
+    """Adapters that the recipe asks for and this model has no place for."""
+
+
 def target_modules(model: HybridMoEForCausalLM, targets: Sequence[str]) -> list[str]:
     """Full names of the linear layers that `targets` mean in this model, in order.
 
@@ -25,7 +29,7 @@ def target_modules(model: HybridMoEForCausalLM, targets: Sequence[str]) -> list[
     have no such module simply have none; a target that no layer has is an error.
 
     Raises:
-        ValueError: a target that no layer of this model has.
+        AdapterError: a target that no layer of this model has.
     """
     names = []
     found = set()
@@ -38,7 +42,7 @@ def target_modules(model: HybridMoEForCausalLM, targets: Sequence[str]) -> list[
             found.add(target)
     missing = [target for target in targets if target not in found]
     if missing:
-        raise ValueError(f"lora.targets: no layer of this model has {', '.join(missing)}; leave it out")
+        raise AdapterError(f"lora.targets: no layer of this model has {', '.join(missing)}; leave it out")
     return names
 
 

@@ -13,7 +13,7 @@ def load_balance(
     logits: Float[Tensor, "tokens experts"],
     share: Float[Tensor, "groups experts"],
     group: Int[Tensor, " tokens"],
-    step_tokens: float,
+    step_tokens: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Penalty for sending many tokens to experts that are also given high probability; this batch's part of it.
 
@@ -47,8 +47,8 @@ def load_share(
     return counts / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
-def router_z(logits: Float[Tensor, "tokens experts"], step_tokens: float) -> Float[Tensor, ""]:
-    """This batch's part of the mean over the step of (log sum exp logits)^2; keeps logits small.
+def router_z(logits: Float[Tensor, "tokens experts"], step_tokens: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Part of this batch in the mean over the step of (log sum exp logits)^2; keeps logits small.
 
     Source: arXiv 2202.08906, eq. 5.
     """

@@ -56,8 +56,8 @@ def choose(kind: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Expe
         return experts_grouped, f"experts: grouped matrix product, {dtype} on {device.type}"
     if kind == "grouped":
         raise KernelError(
-            f"kernels.experts: grouped does not run in {dtype} on {device.type} with torch {torch.__version__} ({fault});"
-            " use 'auto' or 'loop'"
+            f"kernels.experts: grouped does not run in {dtype} on {device.type} with torch {torch.__version__}"
+            f" ({fault}); use 'auto' or 'loop'"
         )
     return experts_in_a_loop, f"experts: SLOW loop over experts; the grouped product does not run here ({fault})"
 

@@ -1,0 +1,178 @@
+"""Everything a run is made of, put together before its first step: model, adapters, data, engine.
+
+Each rank checks alone what it can check alone, and what one rank finds wrong is told by all of them before the next
+collective (`World.together`), so that a mistake is a sentence and not a hang.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+
+from data.loader import Dataset, Loader, describe, evaluation_batches, prepare, probe_batch
+from data.packing import Batch
+from data.sources import DataError
+from data.tokenizer import load_tokenizer
+from finetune import engine as engines
+from finetune.balance import prove_reach
+from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.weights import load_weights
+from finetune.engine import ExpertEngine
+from finetune.evaluation import to_device
+from finetune.kernels.experts import KernelError, choose
+from finetune.lora import AdapterError, inject
+from finetune.model.config import ModelConfig
+from finetune.model.model import HybridMoEForCausalLM, initialise
+from finetune.model.moe import Experts
+from finetune.parallel.experts import attach
+from finetune.parallel.world import World
+from finetune.recipe import Recipe, RecipeError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """The parts of a run, in place on this rank's device."""
+
+    engine: ExpertEngine
+    model: HybridMoEForCausalLM
+    loader: Loader
+    evaluation: list[Batch]
+    probe: Batch  # this rank's part of the tokens on which routing is compared with the base
+    adapted: list[str]  # modules with adapters; empty in full-parameter training
+
+
+def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
+    """Put the run together. Collective.
+
+    Args:
+        folder: of the base checkpoint.
+        say: tells the user what is being done; on rank 0 only.
+    """
+    config = ModelConfig.from_folder(folder)
+    train, held_out = _datasets(recipe, folder, world, say)
+    model = _model(recipe, config, folder, world, say)
+    adapted = []
+    with world.together(AdapterError):
+        if recipe.lora is not None:
+            lora = recipe.lora
+            adapted = inject(
+                model,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                targets=lora.targets,
+                seed=recipe.train.seed,
+            )
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.requires_grad_(recipe.router.train)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    say(
+        f"training {sum(p.numel() for p in trained):,} parameters on this rank in {len(trained)} tensors"
+        + (f": adapters on {len(adapted)} modules ({_counted(adapted)})" if adapted else "")
+    )
+
+    packs, seed = recipe.packs_per_micro_batch, recipe.train.seed
+    probe = _part(probe_batch(train, -(-recipe.monitor.probe_tokens // recipe.train.sequence_tokens), seed), world)
+    for name, norm in prove_reach(model, probe, recipe.router, world).items():
+        say(f"proved: the loss of {name} reaches what trains (gradient norm {norm:.3g})")
+
+    accumulation = recipe.accumulation(world.size)
+    loader = Loader(
+        train,
+        packs_per_micro_batch=packs,
+        micro_batches_per_step=accumulation,
+        rank=world.rank,
+        ranks=world.size,
+        seed=seed,
+    )
+    return Assembly(
+        engine=engines.start(model, recipe, world, accumulation=accumulation),
+        model=model,
+        loader=loader,
+        evaluation=evaluation_batches(held_out, packs, world.rank, world.size) if held_out is not None else [],
+        probe=probe,
+        adapted=adapted,
+    )
+
+
+def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Number format of the weights: as the recipe says, or what suits the device."""
+    if recipe.model.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.model.dtype]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _datasets(recipe: Recipe, folder: Path, world: World, say: Say) -> tuple[Dataset, Dataset | None]:
+    data = recipe.data
+    cache = Path(data.cache).absolute() if data.cache else Path(recipe.output.dir).absolute() / ".cache"
+    with world.together(DataError):
+        tokenizer = load_tokenizer(folder)
+        prepared = [
+            prepare(
+                [(source.path, source.format) for source in sources],
+                tokenizer,
+                cache=cache,
+                sequence_tokens=recipe.train.sequence_tokens,
+                packing=data.packing,
+                on_bad_row=data.on_bad_row,
+                over_long=data.over_long,
+            )
+            if sources
+            else None
+            for sources in (data.train, data.eval)
+        ]
+    train, held_out = prepared
+    assert train is not None, "a recipe has at least one training source"
+    say(f"training data: {describe(train)}")
+    if held_out is not None:
+        say(f"held-out data: {describe(held_out)}")
+    return train, held_out
+
+
+def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say: Say) -> HybridMoEForCausalLM:
+    dtype = dtype_of(recipe, world.device)
+    with init_empty_weights(include_buffers=False):
+        model = HybridMoEForCausalLM(config, world.experts(config.num_experts))
+    with world.together(CheckpointError, KernelError, RecipeError):
+        compute, chosen = choose(recipe.kernels.experts, device=world.device, dtype=dtype)
+        if recipe.model.init == "pretrained":
+            load_weights(model, folder, dtype, world.device)
+        else:
+            model.to_empty(device=world.device).to(dtype)
+            initialise(model, recipe.train.seed)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.compute = compute
+    if world.expert_group is not None:
+        attach(model, world.expert_group)
+    model.recompute = recipe.train.recompute == "full"
+    say(
+        f"{sum(config.parameter_counts().values()):,} parameters, "
+        + (f"weights from {folder}" if recipe.model.init == "pretrained" else f"drawn with seed {recipe.train.seed}")
+        + f", {str(dtype).removeprefix('torch.')} on {world.device}; {len(model.local_experts)} of {config.num_experts}"
+        f" experts a layer on each rank"
+    )
+    say(chosen)
+    return model
+
+
+def _part(batch: Batch, world: World) -> Batch:
+    """Packs of this rank in a batch that all ranks share; every rank gets as many, filled up with padding."""
+    short = -batch.input_ids.shape[0] % world.size
+    fills = Batch(input_ids=0, labels=-100, segment_ids=-1)  # type: ignore[arg-type]
+    padded = [
+        torch.cat((tensor, tensor.new_full((short, tensor.shape[1]), fill)))  # type: ignore[call-overload]
+        for tensor, fill in zip(batch, fills, strict=True)
+    ]
+    return to_device(Batch(*(tensor[world.rank :: world.size] for tensor in padded)), world.device)
+
+
+def _counted(names: list[str]) -> str:
+    kinds = [name.rpartition(".")[2] for name in names]
+    return ", ".join(f"{kind} {kinds.count(kind)}" for kind in dict.fromkeys(kinds))

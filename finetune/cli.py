@@ -1,0 +1,137 @@
+"""The commands: `python -m finetune COMMAND`, and `train`, which `finetune/train.py` calls under the launcher.
+
+A mistake of the user ends a command with one message on standard error and exit code 2; nothing else is caught.
+What needs torch is imported by the command that needs it, so that a mistake in a recipe is told within a second.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from finetune.recipe import Recipe, RecipeError, load_recipe, resolve
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except ValueError as error:
+        if not _is_told(error):
+            raise
+        if getattr(options, "local_rank", 0) in (-1, 0):  # every rank found it; one says it
+            print(f"nextune: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train, or go on with, the run of a recipe. Started once on every rank."""
+    recipe = _recipe(options)
+    from finetune.launch import train_here
+
+    return train_here(recipe)
+
+
+def ranks(options: argparse.Namespace) -> int:
+    """Print how many ranks to start on this machine."""
+    recipe = _recipe(options)
+    import torch
+
+    print(torch.cuda.device_count() or recipe.parallel.ranks)
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print what the run will need: memory of each rank, disk, arithmetic."""
+    recipe = _recipe(options)
+    from finetune.launch import print_plan
+
+    return print_plan(recipe)
+
+
+def data(options: argparse.Namespace) -> int:
+    """Print training sequences as the model sees them: tokens, what is trained on, where documents begin."""
+    recipe = _recipe(options)
+    from finetune.launch import show_data
+
+    return show_data(recipe, options.show)
+
+
+def finished(options: argparse.Namespace) -> int:
+    """Print the run folder when the recipe's run has taken its last step; exit code 1 when it has not."""
+    from finetune.run_folder import finished_step, folder_of
+
+    recipe = _recipe(options)
+    folder = folder_of(recipe)
+    step = finished_step(folder)
+    if step is None or step < recipe.train.steps:
+        done = f"stands at step {step}" if step is not None else "has not finished"
+        print(f"{folder}: {done} of {recipe.train.steps}", file=sys.stderr)
+        return 1
+    print(folder)
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write what a run trained as a folder that other tools load."""
+    from finetune.results import export_run
+
+    return export_run(options.run, options.to, kind=options.format)
+
+
+def summary(options: argparse.Namespace) -> int:
+    """Print what a run achieved and where its results lie."""
+    from finetune.results import print_summary
+
+    return print_summary(options.run)
+
+
+def keys(_: argparse.Namespace) -> int:
+    """Print every key of a recipe with its unit, default and meaning."""
+    from finetune.recipe import explain
+
+    print(explain())
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    path = resolve(str(options.recipe)) or options.recipe
+    return load_recipe(path, options.set)
+
+
+def _is_told(error: ValueError) -> bool:
+    """Whether this error is one of ours, whose message is the whole story; others are bugs and keep their traceback."""
+    ours = ("finetune.", "data.", "monitoring.")
+    return isinstance(error, RecipeError) or type(error).__module__.startswith(ours)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m finetune", description="Fine-tune Qwen3-Next models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (train, ranks, plan, data, finished):
+        sub = _add(commands, command)
+        sub.add_argument("--recipe", type=Path, required=True, help="recipe file, from here or from the checkout")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. optim.lr=1e-4")
+        if command is train:
+            sub.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
+        if command is data:
+            sub.add_argument("--show", type=int, default=1, metavar="N", help="how many sequences")
+    for command in (export, summary):
+        sub = _add(commands, command)
+        sub.add_argument("run", type=Path, metavar="RUN", help="run folder, such as runs/tiny")
+        if command is export:
+            sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+            sub.add_argument("--format", choices=("merged", "adapter"), required=True)
+    _add(commands, keys)
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", command: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    first = (command.__doc__ or "").splitlines()[0]
+    sub = commands.add_parser(command.__name__, help=first, description=first)
+    sub.set_defaults(command=command)
+    return sub

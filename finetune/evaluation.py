@@ -1,0 +1,109 @@
+"""Held-out loss, and routing of fixed probe tokens beside the base model's: forward passes that train nothing."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.packing import Batch
+from finetune.balance import count_rows
+from finetune.model.model import HybridMoEForCausalLM
+from finetune.parallel.world import World
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Loss on held-out rows, mean over supervised tokens, and its parts by micro-batch for paired comparison."""
+
+    loss: float
+    tokens: int
+    parts: list[tuple[float, int]]  # summed loss and supervised tokens of every micro-batch of every rank
+
+
+@torch.no_grad()
+def held_out(model: HybridMoEForCausalLM, batches: Sequence[Batch], world: World) -> HeldOut:
+    """Loss of the model as it is now on these batches, over all ranks. Every rank must have as many. Collective."""
+    was_training = model.training
+    model.eval()
+    parts = torch.zeros(world.size, len(batches), 2, dtype=torch.float64, device=world.device)
+    for place, batch in enumerate(batches):
+        batch = to_device(batch, world.device)
+        out = model(batch.input_ids, batch.segment_ids, labels=batch.labels)
+        parts[world.rank, place, 0], parts[world.rank, place, 1] = out.loss_sum, out.token_count
+    model.train(was_training)
+    flat = world.sum(parts).flatten(0, 1).tolist()
+    tokens = int(sum(count for _, count in flat))
+    return HeldOut(sum(loss for loss, _ in flat) / max(tokens, 1), tokens, [(loss, int(n)) for loss, n in flat if n])
+
+
+def paired_change(
+    before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]
+) -> tuple[float, float] | None:
+    """Change of the mean loss from `before` to `after`, and its standard error over the micro-batches.
+
+    The error is that of a ratio of sums whose parts are paired (the same tokens before and after), so what makes one
+    micro-batch harder than another cancels. None when the two were not measured on the same micro-batches.
+    """
+    if [n for _, n in before] != [n for _, n in after] or len(before) < 2:
+        return None
+    differences = [(b[0] - a[0], a[1]) for a, b in zip(before, after, strict=True)]
+    tokens = sum(n for _, n in differences)
+    change = sum(d for d, _ in differences) / tokens
+    spread = sum((d - change * n) ** 2 for d, n in differences)
+    parts = len(differences)
+    return change, math.sqrt(spread * parts / (parts - 1)) / tokens
+
+
+@dataclass(frozen=True)
+class ProbedRouting:
+    """Where this rank's probe tokens go, layer by layer."""
+
+    experts: Tensor  # (layers, tokens, top_k)
+    counts: Tensor  # (layers, experts) rows
+    probability_sums: Tensor  # (layers, experts) router probabilities summed over the tokens
+
+
+@torch.no_grad()
+def probe_routing(model: HybridMoEForCausalLM, batch: Batch) -> ProbedRouting:
+    """Routing of the probe tokens by the model as it is now."""
+    was_training = model.training
+    model.eval()
+    routings = model(batch.input_ids, batch.segment_ids).routings
+    model.train(was_training)
+    return ProbedRouting(
+        torch.stack([r.experts for r in routings.values()]),
+        count_rows(routings),
+        torch.stack([r.logits.softmax(-1).sum(0) for r in routings.values()]),
+    )
+
+
+@dataclass(frozen=True)
+class RoutingComparison:
+    """Probe routing of the base and of the model now, over all ranks, as numpy arrays on the host."""
+
+    base_counts: Tensor
+    counts: Tensor
+    kept: Tensor  # (layers,) fraction of (token, choice) slots whose expert the base chooses for that token too
+    base_probabilities: Tensor  # (layers, experts) mean over the probe tokens
+    probabilities: Tensor
+
+
+def compare_routing(base: ProbedRouting, now: ProbedRouting, world: World) -> RoutingComparison:
+    """The two routings side by side, on the host. Communicates; one copy from the device."""
+    same = (now.experts.unsqueeze(-1) == base.experts.unsqueeze(-2)).any(-1).sum((1, 2))
+    slots = torch.full_like(same, now.experts[0].numel())
+    parts = [base.counts, now.counts, base.probability_sums, now.probability_sums, same[:, None], slots[:, None]]
+    widths = [part.shape[1] for part in parts]
+    joined = world.sum(torch.cat([part.double() for part in parts], dim=1)).cpu()
+    base_counts, counts, base_sums, sums, kept, total = joined.split(widths, dim=1)
+    tokens = base_sums.sum(1, keepdim=True).clamp_min(1)  # probabilities of a token sum to 1
+    return RoutingComparison(
+        base_counts.long(), counts.long(), (kept / total.clamp_min(1))[:, 0], base_sums / tokens, sums / tokens
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on this device."""
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))

@@ -1,0 +1,56 @@
+"""Parameter groups and the learning-rate schedule."""
+
+import math
+
+import torch
+from torch import nn
+
+from finetune.recipe import Optim
+
+NOT_DECAYED = ("A_log", "dt_bias", "norm.weight", "layernorm.weight", "embed_tokens.weight")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Trainable parameters as AdamW groups: matrices with decay; norms, decay rates, biases and embeddings without.
+
+    Decay would pull the zero-centred norms to the identity, `linear_attn.norm` to zero, and the decay rates of DeltaNet
+    to a fixed time scale. Expert parameters keep groups of their own, since DeepSpeed reduces them over other ranks.
+    """
+    sets: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "experts": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_expert = not getattr(parameter, "allreduce", True)  # set by engine.mark_experts
+        kind = "experts" if is_expert else "plain" if name.endswith(NOT_DECAYED) else "decayed"
+        sets[kind].append(parameter)
+    return [
+        {"name": kind, "params": parameters, "weight_decay": 0.0 if kind == "plain" else weight_decay}
+        for kind, parameters in sets.items()
+        if parameters
+    ]
+
+
+def adamw(groups: list[dict[str, object]], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) over these groups, torch's own, so that nothing is compiled at start."""
+    return torch.optim.AdamW(
+        groups,  # type: ignore[arg-type]
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=fused,
+    )
+
+
+def learning_rate(step: int, *, steps: int, optim: Optim) -> float:
+    """Learning rate of optimizer step `step`, counted from 1.
+
+    Rises linearly to `lr` over the warm-up, then stays there or falls along half a cosine to final_lr_fraction x lr,
+    which the last step reaches.
+    """
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    lowest = optim.lr * optim.final_lr_fraction
+    return lowest + (optim.lr - lowest) * 0.5 * (1 + math.cos(math.pi * done))

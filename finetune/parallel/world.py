@@ -1,0 +1,126 @@
+"""The ranks of a run: who I am, which device, which groups, and the few collectives that the trainer needs."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=60)  # loading a large checkpoint on one rank must not end the others
+
+
+class RankError(ValueError):
+    """A mistake of the user that some rank found; the same message is raised on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Place of this process among the ranks of the run. Every rank has data of its own, so all of them are data ranks.
+
+    Expert ranks are consecutive: ranks 0..E-1 share one copy of the experts, E..2E-1 the next. `expert_data_rank`
+    says which copy this rank belongs to.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    expert_size: int
+    expert_rank: int
+    expert_data_rank: int
+    expert_group: dist.ProcessGroup | None  # None: every rank holds all experts
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def experts(self, num_experts: int) -> range:
+        """Ids of the experts that this rank holds."""
+        each = num_experts // self.expert_size
+        return range(self.expert_rank * each, (self.expert_rank + 1) * each)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Replace `value` by its sum over all ranks. Communicates."""
+        dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait for every rank. Communicates."""
+        dist.barrier()
+
+    def gather(self, value: object) -> list[object]:
+        """Everyone's `value`, by rank. Pickles and communicates: for small things at start and end."""
+        everyone: list[object] = [None] * self.size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    @contextmanager
+    def together(self, *errors: type[ValueError]) -> Iterator[None]:
+        """Turn a user's mistake that any rank finds inside the block into the same error on every rank.
+
+        Without this the ranks that found nothing would wait in the next collective for one that has already left.
+        The block itself may not communicate.
+        """
+        found: ValueError | None = None
+        try:
+            yield
+        except errors as error:
+            found = error
+        messages = [message for message in self.gather(str(found) if found else None) if message]
+        if messages:
+            raise RankError(str(messages[0])) from found
+
+
+def read_rank() -> tuple[int, int]:
+    """Rank and number of ranks that the launcher gave this process; 0 of 1 when it was started by hand."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(expert_size: int) -> World:
+    """Join the other ranks and build the expert groups. Collective.
+
+    On a CPU DeepSpeed would compile an inference-only operation here, for two minutes or, without a compiler, into an
+    error; it is switched off before the start.
+    """
+    rank, size = read_rank()
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = torch.device(get_accelerator().device_name())
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        get_accelerator().set_device(device.index)
+    deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
+    groups._create_expert_and_data_parallel(expert_size)
+    expert_group = groups._get_expert_parallel_group(group_name(expert_size)) if expert_size > 1 else None
+    return World(
+        rank=rank,
+        size=size,
+        device=device,
+        expert_size=expert_size,
+        expert_rank=rank % expert_size,
+        expert_data_rank=rank // expert_size,
+        expert_group=expert_group,
+    )
+
+
+def group_name(expert_size: int) -> str:
+    """DeepSpeed's name for the groups of this expert parallel size."""
+    return f"ep_size_{expert_size}"
+
+
+def stop() -> None:
+    """Leave the other ranks in order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

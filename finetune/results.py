@@ -1,0 +1,108 @@
+"""What comes out of a run: the exported checkpoint, and the closing summary."""
+
+from pathlib import Path
+
+import rich
+from rich.table import Table
+
+from finetune.checkpoint.export import export_adapter, export_merged, split_trained
+from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.resume import newest_checkpoint, open_state
+from finetune.checkpoint.weights import resolve_model
+from finetune.evaluation import paired_change
+from finetune.model.config import ModelConfig
+from finetune.recipe import Recipe, RecipeError, load_recipe
+from monitoring.metrics import read_metrics
+from monitoring.routing import read_snapshot, routing_measures
+from monitoring.table import print_utilisation
+
+
+def export_run(run: Path, to: Path, *, kind: str) -> int:
+    """Export the newest whole checkpoint of a run, as one merged model or as an adapter.
+
+    Raises:
+        CheckpointError: no whole checkpoint, or what was trained does not fit the base or the format.
+        RecipeError: `run` is not the folder of a run.
+    """
+    recipe = recipe_of(run)
+    checkpoint, skipped = newest_checkpoint(run / "checkpoints")
+    for sentence in skipped:
+        print(sentence)
+    if checkpoint is None:
+        raise CheckpointError(f"{run}: holds no whole checkpoint to export; train it first")
+    _, tensors = open_state(checkpoint)
+    lora = recipe.lora
+    adapter, replaced = split_trained(tensors, alpha=lora.alpha if lora else 0.0, dropout=lora.dropout if lora else 0.0)
+    base = resolve_model(recipe.model.path)
+    print(f"exporting {checkpoint} on {base} as {kind} to {to}", flush=True)
+    if kind == "adapter":
+        modules = export_adapter(base, to, adapter=adapter, replaced=replaced, base_name=recipe.model.path)
+        print(f"{to}: adapter on {len(modules)} modules, read back and equal")
+    else:
+        changed = export_merged(base, to, adapter=adapter, replaced=replaced)
+        print(f"{to}: {len(changed)} tensors changed, every other as in the base; read back and equal")
+    return 0
+
+
+def print_summary(run: Path) -> int:
+    """Print held-out loss before and after, the load of every layer's experts, and where everything lies."""
+    recipe = recipe_of(run)
+    records = read_metrics(run / "metrics.jsonl")
+    snapshots = sorted((run / "routing").glob("step-*.npz"))
+    if snapshots:
+        snapshot = read_snapshot(snapshots[-1])
+        config = ModelConfig.from_folder(resolve_model(recipe.model.path))
+        kinds = {layer: _KINDS[kind] for layer, kind in enumerate(config.layer_types)}
+        print_utilisation(snapshot, routing_measures(snapshot), kinds=kinds)
+    for line in _held_out_lines(records):
+        print(line)
+    findings = [record for record in records if record["kind"] == "finding" and record["level"] != "info"]
+    print(f"findings of the routing and loss rules: {len(findings)}" + "".join(f"\n  {f['message']}" for f in findings))
+    rich.print(_places(run, recipe))
+    return 0
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The effective recipe that a run folder holds.
+
+    Raises:
+        RecipeError: no recipe there.
+    """
+    stored = run / "recipe.yaml"
+    if not stored.exists():
+        raise RecipeError(f"{run}: not the folder of a run (it holds no recipe.yaml)")
+    return load_recipe(stored, check_paths=False)
+
+
+def _held_out_lines(records: list[dict[str, object]]) -> list[str]:
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    if len(evaluations) < 2:
+        return []
+    before, after = evaluations[0], evaluations[-1]
+    line = f"held-out loss: {before['loss']:.4f} before, {after['loss']:.4f} after {after['step']} steps"
+    change = paired_change(before["parts"], after["parts"])  # type: ignore[arg-type]
+    if change is None:
+        return [line]
+    mean, error = change
+    return [
+        f"{line}; change {mean:+.4f} with standard error {error:.4f} over {len(after['parts'])} batches"  # type: ignore[arg-type]
+        f" ({abs(mean) / error:.0f} standard errors)"
+    ]
+
+
+def _places(run: Path, recipe: Recipe) -> Table:
+    table = Table(title="Where things are", box=None, show_header=False, pad_edge=False)
+    rows = {
+        "run folder": (run, "recipe.yaml, metrics.jsonl, checkpoints/"),
+        "report data": (run / "metrics.jsonl", "one JSON object a line"),
+        "expert counts": (run / "routing", "raw rows per layer and expert, heatmap.png"),
+        "W&B run": (run / "wandb", f"{recipe.monitor.wandb}; `wandb sync {run}/wandb/offline-run-*` uploads it"),
+        "merged model": (run / "merged", f'transformers.AutoModelForCausalLM.from_pretrained("{run / "merged"}")'),
+    }
+    for name, (path, note) in rows.items():
+        if path.exists():
+            table.add_row(name, str(path), note)
+    return table
+
+
+_KINDS = {"linear_attention": "DeltaNet", "full_attention": "attention"}

@@ -1,0 +1,75 @@
+"""The folder of one run: which files it holds, whether it belongs to this recipe, whether it has finished."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.recipe import Recipe, RecipeError, dump, load_recipe
+
+# What may change between two starts of one run: how long, how often it reports and saves, and how it is laid out.
+FREE = (
+    *("train.steps", "train.log_every_steps", "train.eval_every_steps", "train.recompute", "train.micro_batch_tokens"),
+    *("checkpoint.", "monitor.", "parallel.", "kernels.", "data.cache", "output."),
+)
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """The run's folder, made absolute."""
+    return Path(recipe.output.dir).absolute() / recipe.name
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Write the effective recipe into the folder, after making sure that an earlier run there had the same one.
+
+    Raises:
+        RecipeError: the folder holds a run of another recipe; names the keys that differ.
+    """
+    stored = folder / "recipe.yaml"
+    now = flatten(recipe.model_dump(mode="json"))
+    if stored.exists():
+        before = flatten(load_recipe(stored, check_paths=False).model_dump(mode="json"))
+        changed = sorted(
+            key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not key.startswith(FREE)
+        )
+        if changed:
+            first = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:3])
+            raise RecipeError(
+                f"{folder}: holds a run of another recipe ({first}{', ...' if len(changed) > 3 else ''});"
+                f" give this one a name of its own (--set name=...) or delete the folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(stored, dump(recipe))
+
+
+def finished_step(folder: Path) -> int | None:
+    """The last step of a run that ended well, or None. An exit code alone proves nothing under a launcher."""
+    marker = folder / "finished.json"
+    return int(json.loads(marker.read_text(encoding="utf-8"))["step"]) if marker.exists() else None
+
+
+def mark_finished(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Leave the marker that the run ended well, with its closing figures."""
+    write_whole(folder / "finished.json", json.dumps(dict(facts), indent=1))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file so that a reader sees the old contents or the new, never a part."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
