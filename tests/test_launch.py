@@ -1,0 +1,298 @@
+"""`launch.sh` with all around it replaced: a Python that records what it is asked, no network, no training."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_PYTHON = getattr(sys, "_base_executable", sys.executable)
+
+# Plays the Python that launch.sh finds, the one in .venv, and every tool in .venv/bin; says what it did in $CALLS.
+STAND_IN = f"""#!/usr/bin/env bash
+name=$(basename "$0")
+case "$name $*" in
+  python*" -c "*) exec {REAL_PYTHON} "$@" ;;
+esac
+if [[ $name == python* && $1 == -m && $2 == venv ]]; then
+  folder=${{!#}}
+  mkdir -p "$folder/bin"
+  for tool in python deepspeed ruff mypy pytest; do cp "$0" "$folder/bin/$tool"; done
+fi
+name=${{name/python3.11/python}}
+echo "$name $*" >>"$CALLS"
+case "$name $*" in
+  "python -m pip"*) [[ -z ${{PIP_FAILS:-}} ]] || {{ echo "no route to the index"; exit 1; }} ;;
+  "python -P -m finetune ranks"*) echo 2 ;;
+  "python -P -m finetune finished"*) [[ -e $RUN/finished ]] && echo "$RUN" ;;
+  "python -P -m finetune export"*) mkdir -p "$RUN/merged" ;;
+  deepspeed*)
+    echo "env OMP=$OMP_NUM_THREADS DS=${{DS_ACCELERATOR:-}}" >>"$CALLS"
+    case ${{TRAINING:-}} in
+      fails) exit 7 ;;
+      ends-early) ;;
+      hangs) sleep 300 & echo "$!" >"$RUN/rank"; sleep 300 ;;
+      leaves-a-rank) sleep 300 & echo "$!" >"$RUN/rank" ;;
+      *) touch "$RUN/finished" ;;
+    esac ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of launch.sh in a folder of its own, with the stand-in as its python3.11."""
+
+    def __init__(self, folder: Path):
+        self.root, self.run_folder, self.calls_file = folder / "my checkout", folder / "run", folder / "calls"
+        for place in (self.root / "recipes", self.run_folder, folder / "tools", folder / "elsewhere"):
+            place.mkdir(parents=True)
+        self.elsewhere = folder / "elsewhere"
+        shutil.copy(ROOT / "launch.sh", self.root)
+        shutil.copy(ROOT / "pyproject.toml", self.root)
+        (self.root / "recipes/tiny.yaml").touch()
+        (self.root / "recipes/other.yaml").touch()
+        self.tools = folder / "tools"
+        self.add_tool("python3.11", STAND_IN)
+        self.add_tool("nvidia-smi", "#!/bin/sh\nexit 9\n")  # no GPU, whatever this machine has
+        self.environment = {"PATH": f"{self.tools}:/usr/bin:/bin", "CALLS": str(self.calls_file)}
+        self.environment |= {"RUN": str(self.run_folder), "HOME": str(folder)}
+
+    def add_tool(self, name: str, text: str) -> None:
+        (self.tools / name).write_text(text)
+        (self.tools / name).chmod(0o755)
+
+    def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        self.calls_file.unlink(missing_ok=True)
+        return subprocess.Popen(
+            ["bash", str(self.root / "launch.sh"), *arguments],
+            env=self.environment | environment,
+            cwd=self.elsewhere,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def launch(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def calls(self) -> list[str]:
+        text = self.calls_file.read_text() if self.calls_file.exists() else ""
+        return [line.replace(str(self.root), "ROOT").replace(str(self.run_folder), "RUN") for line in text.splitlines()]
+
+    def set_up_calls(self) -> list[str]:
+        calls = [re.sub(r" --no-input.*off", "", call) for call in self.calls()]
+        return [call for call in calls if call.startswith(("python -m venv", "python -m pip"))]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+VENV_AND_TORCH = ["python -m venv ROOT/.venv", "python -m pip install torch==2.13.0"]
+
+
+def test_script_has_no_syntax_error_and_says_how_it_is_used(checkout: Checkout) -> None:
+    done = checkout.launch("--help")
+    assert done.returncode == 0
+    for word in ("./launch.sh RECIPE.yaml", "./launch.sh test", "./launch.sh setup"):
+        assert word in done.stdout
+    assert checkout.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train"], "'train' is neither a command (setup, test) nor a recipe"),
+        (["recipes/none.yaml"], "no recipe recipes/none.yaml"),
+        (["--set", "steps"], "--set wants key=value"),
+        (["recipes/tiny.yaml", "--steps=3"], "after the recipe comes --set key=value, but got '--steps=3'"),
+        (["setup", "now"], "setup takes no arguments, but got: now"),
+    ],
+)
+def test_a_wrong_command_is_refused_before_anything_is_set_up(
+    checkout: Checkout, arguments: list[str], sentence: str
+) -> None:
+    done = checkout.launch(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"launch.sh: {sentence}")
+    assert done.stderr.count("\n") == 1
+    assert checkout.calls() == []
+
+
+def test_set_up_is_done_once(checkout: Checkout) -> None:
+    assert checkout.launch("setup").returncode == 0
+    assert checkout.set_up_calls() == [*VENV_AND_TORCH, "python -m pip install -e ROOT"]
+    again = checkout.launch("setup")
+    assert checkout.set_up_calls() == []
+    assert again.stdout == "Set-up: .venv is up to date.\n"
+
+
+def test_tests_add_the_development_tools_once_and_a_job_keeps_them(checkout: Checkout) -> None:
+    checkout.launch("setup")
+    assert checkout.launch("test", "--fast").returncode == 0
+    assert checkout.set_up_calls() == ["python -m pip install -e ROOT[dev]"]
+    for arguments in (["test", "--fast"], ["setup"]):
+        checkout.launch(*arguments)
+        assert checkout.set_up_calls() == []
+
+
+def test_changed_dependencies_are_installed_into_the_same_venv(checkout: Checkout) -> None:
+    checkout.launch("setup")
+    with (checkout.root / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    checkout.launch("setup")
+    assert checkout.set_up_calls() == ["python -m pip install -e ROOT"]
+
+
+def test_failed_set_up_shows_the_end_of_pips_output_and_is_made_anew(checkout: Checkout) -> None:
+    failed = checkout.launch("setup", PIP_FAILS="yes")
+    assert failed.returncode == 1
+    assert "no route to the index" in failed.stderr
+    assert "launch.sh: pip could not install torch==2.13.0" in failed.stderr
+    leftover = checkout.root / ".venv/lib/half-installed"
+    leftover.mkdir(parents=True)
+    assert checkout.launch("setup").returncode == 0
+    assert checkout.set_up_calls() == [*VENV_AND_TORCH, "python -m pip install -e ROOT"]
+    assert not leftover.exists()
+
+
+def test_moved_checkout_is_set_up_anew(checkout: Checkout) -> None:
+    checkout.launch("setup")
+    checkout.root = checkout.root.rename(checkout.root.parent / "moved")
+    checkout.launch("setup")
+    assert checkout.set_up_calls()[:2] == VENV_AND_TORCH
+
+
+def test_a_venv_of_someone_else_is_left_alone(checkout: Checkout) -> None:
+    (checkout.root / ".venv/bin").mkdir(parents=True)
+    done = checkout.launch("setup")
+    assert done.returncode == 1
+    assert "was not made by launch.sh" in done.stderr
+    assert checkout.calls() == []
+
+
+def test_without_a_usable_python_it_says_which_it_looked_at(checkout: Checkout) -> None:
+    for name in ("python3.11", "python3.12", "python3.13", "python3.14", "python3", "python"):
+        checkout.add_tool(
+            name, "#!/bin/sh\nexit 127\n"
+        )  # what a version manager leaves for a version that is not there
+    done = checkout.launch("setup")
+    assert done.returncode == 1
+    assert "found no Python 3.11 or newer" in done.stderr
+    assert f"{checkout.tools}/python3.12" in done.stderr
+    named = checkout.launch("setup", PYTHON="python3.12")
+    assert "PYTHON=python3.12 is not a Python 3.11 or newer" in named.stderr
+
+
+def test_a_cuda_torch_that_is_there_is_kept(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.add_tool("nvidia-smi", "#!/bin/sh\nexit 0\n")
+    checkout.launch("setup")
+    assert checkout.set_up_calls()[:2] == ["python -m venv ROOT/.venv", "python -m pip install torch"]
+    shutil.rmtree(checkout.root / ".venv")
+    (tmp_path / "torch.py").write_text("class version:\n    cuda = '13.0'\n")
+    checkout.launch("setup", PYTHONPATH=str(tmp_path))
+    assert checkout.set_up_calls() == [
+        "python -m venv --system-site-packages ROOT/.venv",
+        "python -m pip install -e ROOT",
+    ]
+
+
+def test_main_job_plans_trains_exports_and_sums_up(checkout: Checkout) -> None:
+    done = checkout.launch("--set", "train.steps=3", OMP_NUM_THREADS="")
+    assert done.returncode == 0, done.stderr
+    job = "--recipe ROOT/recipes/tiny.yaml --set train.steps=3"
+    calls = [re.sub(r"--master_port \d+", "--master_port N", call) for call in checkout.calls()]
+    assert [call for call in calls if call not in VENV_AND_TORCH and "pip" not in call and "venv" not in call] == [
+        f"python -P -m finetune ranks {job}",
+        f"python -P -m finetune finished {job}",
+        f"python -P -m finetune plan {job}",
+        f"deepspeed -q --num_gpus 2 --master_port N ROOT/finetune/train.py {job}",
+        f"env OMP={max(1, len(os.sched_getaffinity(0)) // 2)} DS=cpu",
+        f"python -P -m finetune finished {job}",
+        "python -P -m finetune export RUN --to RUN/merged --format merged",
+        "python -P -m finetune summary RUN",
+    ]
+
+
+def test_complete_job_is_only_summed_up(checkout: Checkout) -> None:
+    checkout.launch()
+    done = checkout.launch()
+    assert done.returncode == 0
+    assert [call.split()[4] for call in checkout.calls()] == ["ranks", "finished", "summary"]
+    assert "complete already" in done.stdout
+
+
+def test_another_recipe_is_trained_but_not_exported(checkout: Checkout) -> None:
+    assert checkout.launch("recipes/other.yaml").returncode == 0  # found in the checkout from any folder
+    commands = [call.split()[4] for call in checkout.calls() if "-m finetune" in call]
+    assert commands == ["ranks", "finished", "plan", "finished", "summary"]
+
+
+@pytest.mark.parametrize(
+    ("training", "code", "sentence"),
+    [
+        ("fails", 7, "the training stopped with exit code 7; the same command continues it"),
+        ("ends-early", 1, "the training ended, but its run is not complete"),
+        ("leaves-a-rank", 1, "the launcher ended and left ranks behind; stopping them"),
+    ],
+)
+def test_exit_code_0_of_the_launcher_is_not_believed(
+    checkout: Checkout, training: str, code: int, sentence: str
+) -> None:
+    done = checkout.launch(TRAINING=training)
+    assert done.returncode == code
+    assert f"launch.sh: {sentence}" in done.stderr
+    if training == "leaves-a-rank":
+        assert not is_running(int((checkout.run_folder / "rank").read_text()))
+
+
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_every_rank(checkout: Checkout, asked: signal.Signals, code: int) -> None:
+    process = checkout.start(TRAINING="hangs")
+    rank_file = checkout.run_folder / "rank"
+    end = time.monotonic() + 30
+    while not (rank_file.exists() and rank_file.read_text()):
+        assert time.monotonic() < end, "the stand-in for training never started"
+        time.sleep(0.05)
+    process.send_signal(asked)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "stopped; the same command continues the training" in err
+    assert not is_running(int(rank_file.read_text()))
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_checks_run_in_order_and_pytest_has_the_last_word(checkout: Checkout) -> None:
+    checkout.launch("test", "-x", "tests/test_model.py")
+    assert [call for call in checkout.calls() if not call.startswith("python")] == [
+        "ruff format --check .",
+        "ruff check .",
+        "mypy ",
+        "pytest -q -m not slow -x tests/test_model.py",
+    ]
+    checkout.launch("test", "--all")
+    assert checkout.calls()[-1] == "pytest -q"
+    checkout.launch("test", "--fast")
+    assert not [call for call in checkout.calls() if call.startswith("pytest")]
+
+
+def test_the_command_for_ci_is_the_one_for_people() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    assert "exec ./launch.sh test </dev/null" in script
+    refused = subprocess.run(["bash", str(ROOT / ".ci/run"), "quick"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
