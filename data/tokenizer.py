@@ -58,17 +58,27 @@ CHAT_TEMPLATE = """\
 class Tokenizer:
     """A checkpoint's tokenizer in which text can never become a control token: only `control_id` makes those."""
 
-    def __init__(self, backend: Backend, *, end_of_turn: str, padding: str, chat_template: str | None, place: str):
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        end_of_turn: str,
+        padding: str,
+        chat_template: str | None,
+        template_variables: dict[str, str],
+        place: str,
+    ) -> None:
         description = json.loads(backend.to_str())
         self.place = place
         self.chat_template = chat_template
+        self.template_variables = template_variables
         self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in description["added_tokens"]}
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_id = self.control_id(end_of_turn)
         self.pad_id = self.control_id(padding)
         self.document_id = self.control_id(END_OF_DOCUMENT)
         identity = [description["model"], description["added_tokens"], description["normalizer"]]
-        identity += [description["pre_tokenizer"], end_of_turn, padding, chat_template]
+        identity += [description["pre_tokenizer"], end_of_turn, padding, chat_template, template_variables]
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         longest_first = sorted(self.control_ids, key=len, reverse=True)
         self.control_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
@@ -85,6 +95,10 @@ class Tokenizer:
         if token not in self.control_ids:
             raise DataError(f"{self.place}: no control token {token!r}; use the tokenizer of a Qwen3-Next checkpoint")
         return self.control_ids[token]
+
+    def control_token(self, token_id: int) -> str:
+        """The control token of an id that is one."""
+        return next(token for token, number in self.control_ids.items() if number == token_id)
 
     def encode_plain(self, text: str) -> list[int]:
         """The ids of `text`; a control token written in it becomes the ids of its characters."""
@@ -127,6 +141,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         end_of_turn=theirs.eos_token,
         padding=theirs.pad_token or END_OF_DOCUMENT,
         chat_template=template.get("default") if isinstance(template, dict) else template,
+        template_variables={name: value for name, value in theirs.special_tokens_map.items() if isinstance(value, str)},
         place=str(folder),
     )
 

@@ -1,0 +1,97 @@
+"""Which packs come when: a pure function of (seed, epoch, position), the same for every number of ranks."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.dataset import Dataset
+from data.packing import Batch
+from data.sources import DataError
+
+# The epoch whose order no training reaches: the probe is drawn from it.
+PROBE_EPOCH = 2**63
+
+
+def epoch_order(packs: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of all packs in one epoch."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(packs)
+
+
+class Loader:
+    """One rank's share of every optimizer step, forever; an epoch that ends inside a step goes on into the next.
+
+    The packs of a step, in order, are dealt micro-batch by micro-batch over the ranks, so that the step as a whole
+    depends on `ranks x micro_batches_per_step x packs_per_micro_batch` alone.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        packs_per_micro_batch: int,
+        micro_batches_per_step: int,
+        rank: int,
+        ranks: int,
+        seed: int,
+    ) -> None:
+        assert 0 <= rank < ranks, f"rank {rank} of {ranks}"
+        self._dataset = dataset
+        self._shape = (micro_batches_per_step, ranks, packs_per_micro_batch)
+        self._rank = rank
+        self._seed = seed
+        self._epoch = 0
+        self._cursor = 0
+        self._order = epoch_order(len(dataset), seed=seed, epoch=0)
+
+    def next_step(self) -> list[Batch]:
+        """The rank's micro-batches of the next optimizer step."""
+        mine = self._take(int(np.prod(self._shape))).reshape(self._shape)[:, self._rank]
+        return [self._dataset.batch(packs) for packs in mine]
+
+    def state(self) -> dict[str, int | str]:
+        """Where the data stands: the same on every rank, and valid at any other number of ranks."""
+        return {"data": self._dataset.sha256, "seed": self._seed, "epoch": self._epoch, "cursor": self._cursor}
+
+    def restore(self, state: Mapping[str, int | str]) -> None:
+        """Goes on from `state`: the next step is the one that followed it.
+
+        Raises:
+            DataError: the state belongs to other data or to another order of it.
+        """
+        for name, mine, change in (
+            ("data", self._dataset.sha256, "data, tokenizer, train.sequence_tokens or packing changed"),
+            ("seed", self._seed, "train.seed changed"),
+        ):
+            if state[name] != mine:
+                raise DataError(
+                    f"the checkpoint's place in the data does not fit: {name} was {state[name]} and is {mine} "
+                    f"({change}); undo the change, or start a new run under another name"
+                )
+        self._epoch, self._cursor = int(state["epoch"]), int(state["cursor"])
+        self._order = epoch_order(len(self._dataset), seed=self._seed, epoch=self._epoch)
+
+    def _take(self, count: int) -> NDArray[np.int64]:
+        taken: list[NDArray[np.int64]] = []
+        while count:
+            if self._cursor == len(self._order):
+                self._epoch, self._cursor = self._epoch + 1, 0
+                self._order = epoch_order(len(self._dataset), seed=self._seed, epoch=self._epoch)
+            part = self._order[self._cursor : self._cursor + count]
+            taken.append(part)
+            self._cursor += len(part)
+            count -= len(part)
+        return np.concatenate(taken)
+
+
+def evaluation_batches(dataset: Dataset, *, packs_per_micro_batch: int, rank: int, ranks: int) -> list[Batch]:
+    """The rank's share of all packs once, in order: equally many batches on every rank, the last ones padded."""
+    shape = (-1, ranks, packs_per_micro_batch)
+    per_round = ranks * packs_per_micro_batch
+    packs = np.arange(-(-len(dataset) // per_round) * per_round).reshape(shape)[:, rank]
+    return [dataset.batch(row[row < len(dataset)], at_least=packs_per_micro_batch) for row in packs]
+
+
+def probe_batch(dataset: Dataset, *, packs: int, seed: int) -> Batch:
+    """The same few packs in every run and on every rank, to compare models on; fewer if the data has fewer."""
+    return dataset.batch(epoch_order(len(dataset), seed=seed, epoch=PROBE_EPOCH)[:packs])
