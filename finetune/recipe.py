@@ -4,8 +4,8 @@ A recipe is checked as a whole before anything starts: all mistakes are reported
 that contradict each other, or that would do nothing, are mistakes too. Imports no torch.
 """
 
+import functools
 import glob
-import io
 import json
 import os
 import re
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ruamel.yaml import YAML
 
 from finetune import recipe_rules, wording, yaml_tree
 from finetune.yaml_tree import Mistake, Node, Plain
@@ -22,15 +21,7 @@ from finetune.yaml_tree import Mistake, Node, Plain
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert"]
-MIXER_TARGETS: tuple[Target, ...] = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "in_proj_qkvz",
-    "in_proj_ba",
-    "out_proj",
-)
+MIXER_TARGETS: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj")
 
 Tokens = Annotated[int, Field(gt=0, json_schema_extra={"unit": "tokens"})]
 Steps = Annotated[int, Field(gt=0, json_schema_extra={"unit": "steps"})]
@@ -288,19 +279,13 @@ def load_recipe(
     tree, mistakes = yaml_tree.read_file(path)
     if tree is None:
         raise _error(mistakes)
-    for override in overrides:
-        yaml_tree.apply_override(tree, override, mistakes)
-    mistakes += [
-        Mistake(yaml_tree.Place(f"--set {override}", 0), key, "set twice with --set; keep one")
-        for override, key in _repeated(overrides)
-    ]
+    yaml_tree.apply_overrides(tree, overrides, mistakes)
     assert isinstance(tree.value, dict)
     tree.value.setdefault("name", Node(path.stem, tree.place))
-    settings = wording.settings_of(json_schema())
-    recipe = _validate(tree, settings, mistakes)
+    recipe = _validate(tree, mistakes)
     wrong = [mistake.key for mistake in mistakes]
     for keys, rule in recipe_rules.RULES:
-        if not any(_touches(key, bad) for key in keys for bad in wrong):
+        if not any(yaml_tree.touches(key, bad) for key in keys for bad in wrong):
             problem = rule(recipe)
             if problem is not None:
                 mistakes.append(Mistake(_first_written(tree, keys), keys[0], problem))
@@ -322,15 +307,10 @@ def resolve(path: str, root: Path = CHECKOUT) -> Path | None:
 
 def dump(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; reads back as an equal recipe."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # typed as None
-    yaml.width = 120
-    text = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), text)
-    return text.getvalue()
+    return yaml_tree.write(recipe.model_dump(mode="json"))
 
 
+@functools.cache
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe file, for editors."""
     return Recipe.model_json_schema()
@@ -346,7 +326,7 @@ def explain() -> str:
     return wording.table(json_schema())
 
 
-def _validate(tree: Node, settings: dict[str, dict[str, Any]], mistakes: list[Mistake]) -> Recipe:
+def _validate(tree: Node, mistakes: list[Mistake]) -> Recipe:
     """The recipe in the tree; what is wrong joins the mistakes and is left out, so that the rest can be checked."""
     plain = tree.plain()
     assert isinstance(plain, dict)
@@ -356,36 +336,19 @@ def _validate(tree: Node, settings: dict[str, dict[str, Any]], mistakes: list[Mi
         return Recipe.model_validate(plain)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-    read = list(mistakes)
+    read, settings = list(mistakes), wording.settings_of(json_schema())
     for found in errors:
         key, place = ".".join(map(str, found["loc"])), tree.place_of(found["loc"])
-        reported = any(mistake.place == place and _touches(key, mistake.key) for mistake in read)
+        reported = any(mistake.place == place and yaml_tree.touches(key, mistake.key) for mistake in read)
         only_its_items_are_wrong = found["type"] == "too_short" and found["input"]
         if not reported and not only_its_items_are_wrong:
             mistakes.append(Mistake(place, key, wording.sentence(found, settings)))
-        _leave_out(plain, found["loc"])
+        yaml_tree.leave_out(plain, found["loc"])
     for section, key, stand_in in _STAND_INS:
         inside = plain.setdefault(section, {})
         assert isinstance(inside, dict)
         inside.setdefault(key, stand_in)
     return Recipe.model_validate(plain)
-
-
-def _leave_out(plain: dict[str, Plain], keys: tuple[str | int, ...]) -> None:
-    """Delete what `keys` names; when that is in a list, the whole list."""
-    inside = plain
-    for key in keys:
-        assert isinstance(key, str)
-        child = inside.get(key)
-        if not isinstance(child, dict) or key == keys[-1]:
-            inside.pop(key, None)
-            return
-        inside = child
-
-
-def _touches(key: str, other: str) -> bool:
-    """Whether one of two dotted keys lies within the other."""
-    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
 
 
 def _first_written(tree: Node, keys: Sequence[str]) -> yaml_tree.Place:
@@ -397,11 +360,6 @@ def _first_written(tree: Node, keys: Sequence[str]) -> yaml_tree.Place:
 def _error(mistakes: list[Mistake]) -> RecipeError:
     by_line = sorted(mistakes, key=lambda mistake: (mistake.place.line == 0, mistake.place.line))
     return RecipeError("\n".join(map(str, by_line)))
-
-
-def _repeated(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    keys = [override.partition("=")[0].strip() for override in overrides]
-    return ((overrides[at], key) for at, key in enumerate(keys) if key in keys[:at])
 
 
 def _missing_paths(tree: Node, root: Path) -> Iterator[Mistake]:

@@ -5,11 +5,12 @@ numbers. What makes a settings file surprising is refused rather than resolved: 
 merge keys, tags, directives, several documents. Nothing here knows what a recipe is.
 """
 
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -119,8 +120,61 @@ def read_file(path: Path) -> tuple[Node | None, list[Mistake]]:
     return (node if node is not None and isinstance(node.value, dict) else None), mistakes
 
 
-def apply_override(root: Node, assignment: str, mistakes: list[Mistake]) -> None:
-    """Write `section.key=value` into the tree; the value is YAML, items of lists are numbered from 0."""
+def apply_overrides(root: Node, assignments: Sequence[str], mistakes: list[Mistake]) -> None:
+    """Write `section.key=value` assignments into the tree; values are YAML, items of lists are numbered from 0."""
+    seen: set[str] = set()
+    for assignment in assignments:
+        key = assignment.partition("=")[0].strip()
+        if key in seen:
+            mistakes.append(Mistake(Place(f"--set {assignment}", 0), key, "set twice with --set; keep one"))
+        seen.add(key)
+        _apply_override(root, assignment, mistakes)
+
+
+def leave_out(plain: dict[str, Plain], keys: tuple[str | int, ...]) -> None:
+    """Delete what `keys` names; when that is in a list, the whole list."""
+    inside = plain
+    for key in keys:
+        assert isinstance(key, str)
+        child = inside.get(key)
+        if not isinstance(child, dict) or key == keys[-1]:
+            inside.pop(key, None)
+            return
+        inside = child
+
+
+def touches(key: str, other: str) -> bool:
+    """Whether one of two dotted keys lies within the other."""
+    return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
+
+
+def write(values: dict[str, Any]) -> str:
+    """Values as YAML text that `read_file` reads back equal."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # typed as None
+    yaml.width = 120
+    text = io.StringIO()
+    yaml.dump(values, text)
+    return text.getvalue()
+
+
+def scalar(text: str) -> Scalar:
+    """What an unquoted YAML scalar means."""
+    if text in _NULL:
+        return None
+    if text in _BOOL:
+        return _BOOL[text]
+    if text in _NOT_FINITE:
+        return _NOT_FINITE[text]
+    if len(text) > _LONGEST_NUMBER:
+        return text
+    if _INT.fullmatch(text):
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def _apply_override(root: Node, assignment: str, mistakes: list[Mistake]) -> None:
     place = Place(f"--set {assignment}", 0)
     dotted, equals, text = assignment.partition("=")
     dotted = dotted.strip()
@@ -150,21 +204,6 @@ def apply_override(root: Node, assignment: str, mistakes: list[Mistake]) -> None
         node.value[int(last)] = value
     else:
         mistakes.append(Mistake(place, dotted, f"the list has no item {last}; its items are numbered from 0"))
-
-
-def scalar(text: str) -> Scalar:
-    """What an unquoted YAML scalar means."""
-    if text in _NULL:
-        return None
-    if text in _BOOL:
-        return _BOOL[text]
-    if text in _NOT_FINITE:
-        return _NOT_FINITE[text]
-    if len(text) > _LONGEST_NUMBER:
-        return text
-    if _INT.fullmatch(text):
-        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-    return float(text) if _FLOAT.fullmatch(text) else text
 
 
 def _read_text(text: str, start: Place, mistakes: list[Mistake], key: str = "") -> Node | None:
