@@ -1,0 +1,264 @@
+"""Rules that look at a run's records and say what is wrong, where, and what to do.
+
+Absolute imbalance is no alarm: a healthy router on code is as uneven as a sick one elsewhere, and the number of dead
+experts reacts last. So routing is compared with the frozen base on the same tokens where that was measured, and with
+the run's own first window otherwise, which must then hold in two windows in a row. The thresholds are this project's,
+chosen from simulated collapses of a 512-expert router; the literature has none.
+
+`RULES` at the bottom is the whole list.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+from monitoring.metrics import Record
+
+Level = Literal["info", "warn", "alert", "stop"]
+LEVELS: tuple[Level, ...] = ("info", "warn", "alert", "stop")
+
+HISTORY_RECORDS = 50
+ENOUGH_RECORDS = 10  # before a value can be called unusual
+LOSS_SPREADS, LOSS_RISE, LOSS_NATS = 8.0, 0.25, 0.2  # a spike exceeds the median by the largest of the three
+GRAD_NORM_FACTOR = 10.0
+WINDOW_SHARE = 0.5  # a window with fewer of the first window's tokens than this has more dead experts by chance
+
+# (limit, level), mildest first: the last limit that a value passes names the level.
+COLLAPSE_RATIO: tuple[tuple[float, Level], ...] = ((0.75, "warn"), (0.5, "alert"), (0.3, "stop"))
+BASE_COLLAPSE_RATIO: tuple[tuple[float, Level], ...] = ((0.9, "warn"), (0.6, "alert"), (0.3, "stop"))
+TAKEOVER_SHARE: tuple[tuple[float, Level], ...] = ((0.5, "warn"), (0.9, "alert"))
+TAKEOVER_GROWTH = 0.25
+DEAD_GROWTH: tuple[tuple[float, Level], ...] = ((0.05, "warn"), (0.15, "alert"))
+DEAD_SPREADS = 3.0  # whether a rare expert gets a row is chance, which scatters like the square root of their number
+NEWLY_DEAD: tuple[tuple[float, Level], ...] = ((0.02, "warn"), (0.05, "alert"))
+DRIFT_BITS: tuple[tuple[float, Level], ...] = ((0.03, "warn"), (0.15, "alert"))
+DRIFT_NOISE_FACTOR = 4.0
+
+WHAT_TO_DO = (
+    "lower optim.lr, freeze the router (router.train: false), raise router.balance.coefficient, "
+    "or go back to an earlier checkpoint"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule that a record broke. `layer` is None where the whole model is meant."""
+
+    step: int
+    level: Level
+    rule: str
+    layer: int | None
+    message: str
+
+    def record(self) -> dict[str, Any]:
+        """The `finding` line of metrics.jsonl."""
+        return {"kind": "finding", **asdict(self)}
+
+
+@dataclass
+class History:
+    """What the rules remember of the records so far."""
+
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_RECORDS))
+    grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_RECORDS))
+    first_routing: Record | None = None
+    last_routing: Record | None = None
+
+    def remember(self, record: Record) -> None:
+        if record["kind"] == "train":
+            for key, values in (("loss", self.losses), ("grad_norm", self.grad_norms)):
+                value = record.get(key)
+                if value is not None and math.isfinite(value):
+                    values.append(value)
+        if record["kind"] == "routing":
+            self.first_routing = self.first_routing or record
+            self.last_routing = record
+
+
+class Health:
+    """Judges records in the order they happen. A finding is told once, and again only when it gets worse or returns.
+
+    A resumed run feeds the old records of `read_metrics` through `check` first and ignores what comes back, so that
+    the first window, the usual loss and what was already told stay what they were.
+    """
+
+    def __init__(self) -> None:
+        self._history = History()
+        self._standing: dict[str, dict[tuple[str, int | None], Level]] = {}
+
+    def check(self, record: Record) -> list[Finding]:
+        """The findings of this record that were not standing already."""
+        groups = [record["kind"]]
+        if record["kind"] == "routing" and any("drift" in layer for layer in record["layers"]):
+            groups.append("drift")
+        fresh = []
+        for group in groups:
+            found = [finding for rule in RULES.get(group, ()) for finding in rule(record, self._history)]
+            known = self._standing.get(group, {})
+            fresh += [f for f in found if _severity(f.level) > _severity(known.get((f.rule, f.layer)))]
+            self._standing[group] = {(f.rule, f.layer): f.level for f in found}
+        self._history.remember(record)
+        return fresh
+
+
+def _severity(level: Level | None) -> int:
+    return LEVELS.index(level) if level else -1
+
+
+def not_finite(record: Record, history: History) -> Iterator[Finding]:
+    """A loss or gradient norm that is NaN or infinite."""
+    for key in ("loss", "grad_norm", "balance_loss", "z_loss"):
+        value = record.get(key)
+        if value is not None and not math.isfinite(value):
+            message = (
+                f"{key} is {value} at step {record['step']}: the weights are lost or about to be; resume from the "
+                f"last checkpoint with a lower optim.lr"
+            )
+            yield Finding(record["step"], "stop", "not_finite", None, message)
+            return  # the others are not finite for the same reason
+
+
+def loss_spike(record: Record, history: History) -> Iterator[Finding]:
+    """A loss far above the recent ones, measured in their own spread."""
+    if len(history.losses) < ENOUGH_RECORDS or not _is_number(record.get("loss")):
+        return
+    usual = median(history.losses)
+    spread = 1.4826 * median(abs(loss - usual) for loss in history.losses)  # a standard deviation, if normal
+    limit = usual + max(LOSS_SPREADS * spread, LOSS_RISE * usual, LOSS_NATS)
+    if record["loss"] > limit:
+        message = (
+            f"loss jumped to {record['loss']:.3f} from about {usual:.3f}; if it does not come back, lower optim.lr or "
+            f"lengthen optim.warmup_steps, and look at the data of this step"
+        )
+        yield Finding(record["step"], "warn", "loss_spike", None, message)
+
+
+def grad_norm_spike(record: Record, history: History) -> Iterator[Finding]:
+    """A gradient norm many times the recent ones."""
+    if len(history.grad_norms) < ENOUGH_RECORDS or not _is_number(record.get("grad_norm")):
+        return
+    usual = median(history.grad_norms)
+    if 0 < GRAD_NORM_FACTOR * usual < record["grad_norm"]:
+        message = (
+            f"gradient norm jumped to {record['grad_norm']:.2f} from about {usual:.2f}; if this repeats, lower "
+            f"optim.lr or optim.clip_norm"
+        )
+        yield Finding(record["step"], "warn", "grad_norm_spike", None, message)
+
+
+def expert_collapse(record: Record, history: History) -> Iterator[Finding]:
+    """Effective experts of a layer well below those of the first window, in two windows in a row."""
+    for now, before, first in _comparable_layers(record, history):
+        most = max(now["effective_experts"], before["effective_experts"])
+        if level := _level_below(COLLAPSE_RATIO, most / first["effective_experts"]):
+            message = (
+                f"layer {now['layer']} uses {now['effective_experts']:.1f} effective experts, down from "
+                f"{first['effective_experts']:.1f} at the start: its routing is collapsing; {WHAT_TO_DO}"
+            )
+            yield Finding(record["step"], level, "expert_collapse", now["layer"], message)
+
+
+def expert_takeover(record: Record, history: History) -> Iterator[Finding]:
+    """One expert chosen by most tokens that was not so at the start, in two windows in a row."""
+    for now, before, first in _comparable_layers(record, history):
+        share = min(now["max_token_share"], before["max_token_share"])
+        level = _level_above(TAKEOVER_SHARE, share)
+        if level and share - first["max_token_share"] > TAKEOVER_GROWTH:
+            message = (
+                f"layer {now['layer']} sends {now['max_token_share']:.0%} of all tokens to expert "
+                f"{now['busiest_expert']}; the busiest took {first['max_token_share']:.0%} at the start; {WHAT_TO_DO}"
+            )
+            yield Finding(record["step"], level, "expert_takeover", now["layer"], message)
+
+
+def dead_experts(record: Record, history: History) -> Iterator[Finding]:
+    """More experts without a row than in the first window, in two windows in a row."""
+    for now, before, first in _comparable_layers(record, history):
+        grown = min(now["dead"], before["dead"]) - first["dead"]
+        level = _level_above(DEAD_GROWTH, grown / record["experts"])
+        if level and grown > DEAD_SPREADS * math.sqrt(first["dead"] + 1):
+            message = (
+                f"layer {now['layer']} has {now['dead']} of {record['experts']} experts without a row, "
+                f"{first['dead']} at the start; {WHAT_TO_DO}"
+            )
+            yield Finding(record["step"], level, "dead_experts", now["layer"], message)
+
+
+def drift_from_base(record: Record, history: History) -> Iterator[Finding]:
+    """Load that moved away from the frozen base's on the same tokens."""
+    for layer, drift in _drifts(record):
+        if drift["load_bits"] > DRIFT_NOISE_FACTOR * drift["noise_bits"]:
+            level = _level_above(DRIFT_BITS, drift["load_bits"]) or "info"
+            gained = ", ".join(map(str, drift["gained"]))
+            message = (
+                f"layer {layer} routes the same tokens otherwise than the base: load moved {drift['load_bits']:.3f} "
+                f"bits, {drift['kept']:.0%} of the choices kept, most gained by experts {gained}"
+            ) + (f"; {WHAT_TO_DO}" if level != "info" else "")
+            yield Finding(record["step"], level, "drift_from_base", layer, message)
+
+
+def collapse_from_base(record: Record, history: History) -> Iterator[Finding]:
+    """Fewer effective experts than the frozen base uses on the same tokens."""
+    for layer, drift in _drifts(record):
+        if level := _level_below(BASE_COLLAPSE_RATIO, drift["effective_ratio"]):
+            ratio = drift["effective_ratio"]
+            message = f"layer {layer} uses {ratio:.0%} of the base's effective experts on the same tokens; {WHAT_TO_DO}"
+            yield Finding(record["step"], level, "collapse_from_base", layer, message)
+
+
+def newly_dead_experts(record: Record, history: History) -> Iterator[Finding]:
+    """Experts that the frozen base uses on the same tokens and this model no longer does."""
+    for layer, drift in _drifts(record):
+        if level := _level_above(NEWLY_DEAD, drift["newly_dead"] / record["experts"]):
+            message = (
+                f"layer {layer} gives no row to {drift['newly_dead']} experts that the base uses on the same tokens; "
+                f"{WHAT_TO_DO}"
+            )
+            yield Finding(record["step"], level, "newly_dead_experts", layer, message)
+
+
+def _level_above(limits: Sequence[tuple[float, Level]], value: float) -> Level | None:
+    levels = [level for limit, level in limits if value > limit]
+    return levels[-1] if levels else None
+
+
+def _level_below(limits: Sequence[tuple[float, Level]], value: float) -> Level | None:
+    levels = [level for limit, level in limits if value < limit]
+    return levels[-1] if levels else None
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _comparable_layers(record: Record, history: History) -> Iterator[tuple[Record, Record, Record]]:
+    """Each layer's measures now, one window ago and in the first window, if all three windows are large enough."""
+    first, before = history.first_routing, history.last_routing
+    if first is None or before is None or before is first:
+        return
+    if min(record["tokens"], before["tokens"]) < WINDOW_SHARE * first["tokens"]:
+        return
+    earlier, start = ({layer["layer"]: layer for layer in old["layers"]} for old in (before, first))
+    for now in record["layers"]:
+        layer = now["layer"]
+        if layer in earlier and layer in start and min(w["rows"] for w in (now, earlier[layer], start[layer])) > 0:
+            yield now, earlier[layer], start[layer]
+
+
+def _drifts(record: Record) -> Iterator[tuple[int, Record]]:
+    for layer in record["layers"]:
+        if "drift" in layer:
+            yield layer["layer"], layer["drift"]
+
+
+Rule = Callable[[Record, History], Iterator[Finding]]
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "train": (not_finite, loss_spike, grad_norm_spike),
+    "eval": (not_finite,),
+    "routing": (expert_collapse, expert_takeover, dead_experts),
+    "drift": (drift_from_base, collapse_from_base, newly_dead_experts),
+}

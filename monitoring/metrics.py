@@ -1,0 +1,117 @@
+"""metrics.jsonl: one JSON object a line, appended and flushed, never rewritten; and how to read it back.
+
+`kind` says what a line is:
+
+    start       step (the run continues after it; 0 for a fresh run) and whatever describes the run
+    train       step, loss, tokens, tokens_per_second, lr, grad_norm, balance_loss, z_loss, seconds, peak_bytes
+    eval        step, loss, tokens
+    routing     step, tokens, experts, layers: one object of measures per MoE layer (monitoring/routing.py)
+    finding     step, level, rule, layer, message (monitoring/health.py)
+    action      step, message
+    checkpoint  step, path
+    end         step
+
+A number that is not finite is written as null, because JSON has no word for it.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monitoring.files import MonitoringError
+from monitoring.routing import RoutingSnapshot
+
+Record = Mapping[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """The sink that appends to metrics.jsonl. Opening a file that a kill left mid-line cuts the torn line off."""
+
+    name = "metrics.jsonl"
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _cut_torn_line(path)
+        self._file = path.open("ab")
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(plain(record), allow_nan=False, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def routing(self, snapshot: RoutingSnapshot, record: Record) -> None:
+        self.write(record)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def plain(value: Any) -> Any:
+    """The same value in JSON's own types: numpy numbers and arrays become Python's, what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut whatever follows the last newline, and say so."""
+    with path.open("r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65536)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+            log.warning("%s ended in the middle of a line, which was cut off (%d bytes)", path, size - end)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every line of the run as if it had never been killed: a `start` at step N takes back what came after step N.
+
+    A `start` at step 0 takes back everything before it.
+    A last line without its newline is being written, or was torn by a kill, and is left out.
+
+    Raises:
+        MonitoringError: no such file, or a line that is not a JSON object.
+    """
+    try:
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
+    except FileNotFoundError:
+        raise MonitoringError(f"{path}: no such file; is this the folder of a run?") from None
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        record = _parse(line, f"{path}:{number}")
+        if record["kind"] == "start":
+            step = record.get("step", 0)
+            records = [old for old in records if step and (old["kind"] == "start" or old.get("step", 0) <= step)]
+        records.append(record)
+    return records
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise MonitoringError(f"{where}: not JSON ({error}); delete the line to go on without it") from None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise MonitoringError(f"{where}: not an object with a `kind`; delete the line to go on without it")
+    return record

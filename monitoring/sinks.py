@@ -1,0 +1,132 @@
+"""Where records go. Every sink is fed the same records, and none of them can stop a run.
+
+Only rank 0 holds sinks; another rank holds `Sinks([])`, so the training loop need not ask who it is.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from monitoring.charts import heatmap_png
+from monitoring.console import Console
+from monitoring.files import replace_file
+from monitoring.metrics import MetricsFile, Record
+from monitoring.routing import (
+    LayerDrift,
+    LayerMeasures,
+    RoutingSnapshot,
+    routing_record,
+    snapshot_path,
+    write_snapshot,
+)
+
+WandbMode = Literal["offline", "online", "off"]
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Somewhere that records go."""
+
+    name: str
+
+    def write(self, record: Record) -> None:
+        """Take any record but a routing record."""
+
+    def routing(self, snapshot: RoutingSnapshot, record: Record) -> None:
+        """Take the counts of one window and the `routing` record made from them."""
+
+    def close(self) -> None:
+        """Finish what is pending; nothing is written afterwards."""
+
+
+class RoutingFiles:
+    """The sink that keeps raw counts, `routing/step-N.npz`, and the newest heat-map, `routing/heatmap.png`."""
+
+    name = "routing folder"
+
+    def __init__(self, run: Path):
+        self._run = run
+
+    def write(self, record: Record) -> None:
+        """Nothing: only counts are kept here."""
+
+    def routing(self, snapshot: RoutingSnapshot, record: Record) -> None:
+        write_snapshot(snapshot_path(self._run, snapshot.step), snapshot)
+        replace_file(self._run / "routing" / "heatmap.png", heatmap_png(snapshot))
+
+    def close(self) -> None:
+        """Nothing: every file was whole when it was written."""
+
+
+class Sinks:
+    """All the sinks of a run. One that raises is closed to further records, with one message; the others go on."""
+
+    def __init__(self, sinks: Sequence[Sink]):
+        self._sinks = list(sinks)
+
+    def write(self, record: Record) -> None:
+        """Give a record to every sink, stamped with the time (`time`, seconds since 1970)."""
+        assert "kind" in record, f"a record without a kind: {record}"
+        stamped = {**record, "time": time.time()}
+        self._each(lambda sink: sink.write(stamped))
+
+    def routing(
+        self,
+        snapshot: RoutingSnapshot,
+        measures: Sequence[LayerMeasures],
+        drift: Sequence[LayerDrift] | None = None,
+    ) -> dict[str, Any]:
+        """Give one window's routing to every sink, and return its record for the health rules."""
+        record = routing_record(snapshot, measures, drift) | {"time": time.time()}
+        self._each(lambda sink: sink.routing(snapshot, record))
+        return record
+
+    def close(self) -> None:
+        self._each(lambda sink: sink.close())
+        self._sinks.clear()
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                act(sink)
+            except Exception as error:
+                self._sinks.remove(sink)
+                log.warning("%s is off for the rest of this run: %s: %s", sink.name, type(error).__name__, error)
+                with contextlib.suppress(Exception):  # said once already; a bar must not go on drawing
+                    sink.close()
+
+
+def open_sinks(run: Path, *, name: str, steps: int, wandb: WandbMode, project: str, config: Mapping[str, Any]) -> Sinks:
+    """The sinks of a real run, for rank 0: console, metrics.jsonl, the routing folder and W&B unless it is off.
+
+    Args:
+        run: the run folder; all files lie in it.
+        name: of the run, as W&B shows it.
+        steps: the last optimizer step, for the bar and the time left.
+        config: the effective recipe, as W&B shows it.
+    """
+
+    def open_wandb() -> Sink:
+        # Imported here because it takes half a second, which a run without W&B need not pay.
+        from monitoring.wandb_sink import Wandb
+
+        return Wandb(run, name=name, mode="online" if wandb == "online" else "offline", project=project, config=config)
+
+    openers: dict[str, Callable[[], Sink]] = {
+        "console": lambda: Console(steps=steps),
+        "metrics.jsonl": lambda: MetricsFile(run / "metrics.jsonl"),
+        "routing folder": lambda: RoutingFiles(run),
+    }
+    if wandb != "off":
+        openers["W&B"] = open_wandb
+    sinks = []
+    for what, open_sink in openers.items():
+        try:
+            sinks.append(open_sink())
+        except Exception as error:
+            log.warning("%s is off for this run: %s: %s", what, type(error).__name__, error)
+    return Sinks(sinks)
