@@ -1,0 +1,121 @@
+"""A plan in words and numbers, for a terminal."""
+
+from finetune.planner import FREE_FRACTION, GIB, SHARE_FUSED, SHARE_PLAIN, Plan
+
+
+def render(plan: Plan, source: str = "") -> str:
+    """The whole plan as text.
+
+    Args:
+        source: where the sizes come from, the sentence of `planner.model_config`.
+    """
+    recipe, machine = plan.recipe, plan.machine
+    total = sum(plan.config.parameter_counts().values())
+    lines = [
+        f"{recipe.name}: {recipe.model.path} on {machine.ranks} rank{'s' if machine.ranks > 1 else ''}"
+        f" ({machine.device_name}, {min(machine.ranks, machine.ranks_per_node)} a node),"
+        f" expert parallel {recipe.parallel.expert}, ZeRO-{recipe.parallel.zero_stage}",
+        *([source] if source else []),
+        f"{total:,} parameters, of which {plan.trained:,} train ({plan.trained / total:.3%})",
+        "",
+        "Memory of each rank, GiB",
+        *(_row(name, size) for name, size in plan.memory.items() if size),
+        _row("together", plan.rank_bytes),
+        *_verdict(plan),
+        "",
+        *_work(plan),
+        "",
+        "Beside the ranks",
+        f"  memory of each node while weights are read {_gib(plan.host_load_bytes)} GiB,"
+        f" of rank 0 for a checkpoint {_gib(plan.host_save_bytes)} GiB",
+        *_disk(plan),
+        "",
+        "Assumed",
+        *(f"  - {sentence}" for sentence in _assumptions(plan)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(plan: Plan) -> list[str]:
+    room = plan.room_bytes
+    if room is None:
+        return ["Whether it fits is not known: the memory of this machine is not."]
+    what = (
+        f"{_gib(plan.rank_bytes)} GiB of {_gib(room)} GiB a rank ({FREE_FRACTION:.0%} of the"
+        f" {'GPU' if plan.machine.device_bytes is not None else 'host memory'} is kept free)"
+    )
+    if plan.fits:
+        return [f"Fits: {what}."]
+    largest = max(plan.memory, key=lambda name: plan.memory[name])
+    return [
+        f"Does NOT fit: {what}; most of it is '{largest}', {_gib(plan.memory[largest])} GiB.",
+        f"To make it fit: {plan.suggestion}.",
+    ]
+
+
+def _work(plan: Plan) -> list[str]:
+    train, ranks = plan.recipe.train, plan.machine.ranks
+    packs = plan.recipe.packs_per_micro_batch
+    tokens = train.steps * train.global_batch_tokens
+    lines = [
+        "Work",
+        f"  a step: {train.global_batch_tokens:,} tokens = {ranks} rank{'s' if ranks > 1 else ''} x {plan.accumulation}"
+        f" micro-batch{'es' if plan.accumulation > 1 else ''} x {packs} sequence{'s' if packs > 1 else ''} of"
+        f" {train.sequence_tokens:,}",
+        f"  the run: {train.steps:,} steps, {tokens:,} tokens",
+        f"  a token: {_operations(plan.operations)} operations"
+        + (f", and {_operations(plan.recomputed)} computed again" if plan.recomputed else ""),
+        f"  the run: {_operations(tokens * (plan.operations + plan.recomputed))} operations",
+    ]
+    speed = plan.tokens_per_second
+    if speed is None:
+        return [*lines, "  time: no estimate; nothing of this kind was measured on this kind of machine"]
+    slow, fast = (tokens / rate for rate in speed)
+    return [*lines, f"  time: {_duration(fast)} to {_duration(slow)} ({speed[1]:,.0f} to {speed[0]:,.0f} tokens/s)"]
+
+
+def _disk(plan: Plan) -> list[str]:
+    keep = plan.recipe.checkpoint.keep
+    lines = [
+        f"  disk for checkpoints {_gib(plan.checkpoints_bytes)} GiB ({keep} kept and one being written,"
+        f" {_gib(plan.checkpoint_bytes)} GiB each), for a merged export {_gib(plan.merged_bytes)} GiB"
+    ]
+    free = plan.machine.disk_bytes
+    if free is not None and free < plan.checkpoints_bytes:
+        lines.append(f"  only {_gib(free)} GiB are free there: lower checkpoint.keep or set output.dir elsewhere")
+    return lines
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    sentences = ["experts receive even load; a rank whose experts receive twice as much keeps more rows"]
+    if plan.recipe.data.packing == "packed" and plan.machine.device_bytes is not None:
+        sentences.append(
+            "sequences hold several documents, and attention then keeps every score of a layer (sequence x sequence x"
+            " heads in float32)"
+        )
+    if plan.tokens_per_second is not None:
+        sentences.append(
+            f"time: {SHARE_PLAIN:.1%} to {SHARE_FUSED:.0%} of 798 TFLOP/s, measured on one H100 with adapters and"
+            " extrapolated from 8 layers to 48: the low end with the delta rule in plain torch, the high end with it"
+            " fused; the exchange between ranks was not in that measurement"
+        )
+    return sentences
+
+
+def _row(name: str, size: int) -> str:
+    return f"  {name:<36}{_gib(size):>10}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.1f}" if size >= GIB / 10 else f"{size / GIB:,.3f}"
+
+
+def _operations(count: float) -> str:
+    power = next(power for power in (18, 15, 12, 9, 6, 0) if count >= 10**power or power == 0)
+    return f"{count / 10**power:,.2f}e{power}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,340 @@
+"""What a run will take before it starts: memory of every rank by component, host memory, disk, operations and time.
+
+Plain arithmetic over ModelConfig, Recipe and a description of the machine. What trains is counted exactly; activations
+are counted from the operations of `model/`; what cannot be known beforehand is an assumption, and every assumption is
+a sentence of the plan. Imports no torch.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from finetune import activations
+from finetune.activations import FLOAT32
+from finetune.arithmetic import recompute_operations, step_operations
+from finetune.model.config import ModelConfig
+from finetune.recipe import CHECKOUT, Recipe, RecipeError, resolve
+
+GIB = 2**30
+REFERENCE = CHECKOUT / "recipes" / "reference" / "qwen3-coder-next.json"
+REDUCE_BUCKET = 100_000_000  # elements; `reduce_bucket_size` of `engine.deepspeed_config`
+# Held by CUDA, NCCL and libraries on a GPU, by Python with its libraries on the host, for each rank.
+RUNTIME_DEVICE_BYTES = 3 * GIB // 2
+RUNTIME_HOST_BYTES = GIB
+FREE_FRACTION = 0.08  # of a device, for what the allocator cannot use
+TRANSIENT_TENSORS = 3  # gradients as large as a layer's largest saved tensor that exist at once in its backward pass
+STORED_BYTES = 2  # a released checkpoint is bfloat16
+DENSE_PEAK = 798e12  # bfloat16 operations a second of an H100 or H200 (SXM)
+# Shares of that peak, recomputation not counted, measured with adapters on one H100 and extrapolated from 8 layers to
+# 48: the delta rule in plain torch; and fused. Without recomputation a step takes 0.71 of the time.
+SHARE_PLAIN, SHARE_FUSED = 0.034, 0.15
+SPEED_WITHOUT_RECOMPUTE = 1.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where the run will be; `device_bytes` is the memory of one GPU, None where there are none."""
+
+    ranks: int
+    ranks_per_node: int
+    device_name: str
+    device_bytes: int | None
+    host_bytes: int | None = None  # memory of one node, if known
+    disk_bytes: int | None = None  # free where the run folder goes, if known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The needs of one run. Bytes of memory are those of one rank, the fullest."""
+
+    config: ModelConfig
+    recipe: Recipe
+    machine: Machine
+    weight_bytes: int
+    accumulation: int
+    adapter_parameters: int  # of the whole model
+    trained_dense: int  # parameters that train on every rank alike, adapters included
+    trained_experts: int  # of the whole model
+    memory: dict[str, int]
+    suggestion: str | None  # what would make it fit, when it does not
+
+    @property
+    def rank_bytes(self) -> int:
+        """Memory of one rank, the runtime included."""
+        return sum(self.memory.values())
+
+    @property
+    def room_bytes(self) -> int | None:
+        """What a rank may use: of its GPU, or of its share of the host; None when that is not known."""
+        if self.machine.device_bytes is not None:
+            return int(self.machine.device_bytes * (1 - FREE_FRACTION))
+        if self.machine.host_bytes is None:
+            return None
+        return int(self.machine.host_bytes * (1 - FREE_FRACTION)) // min(
+            self.machine.ranks, self.machine.ranks_per_node
+        )
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every rank has room; None when the machine's memory is not known."""
+        return None if self.room_bytes is None else self.rank_bytes <= self.room_bytes
+
+    @property
+    def trained(self) -> int:
+        """Parameters that train."""
+        return self.trained_dense + self.trained_experts
+
+    @property
+    def host_load_bytes(self) -> int:
+        """Host memory of one node while weights are read: a stored tensor at a time in each rank."""
+        ranks = min(self.machine.ranks, self.machine.ranks_per_node)
+        held = 0 if self.machine.device_bytes is not None else self.rank_bytes - RUNTIME_HOST_BYTES
+        return ranks * (held + _largest_stored(self.config) + RUNTIME_HOST_BYTES)
+
+    @property
+    def host_save_bytes(self) -> int:
+        """Host memory of the rank that stores most of a checkpoint while it is written."""
+        return 3 * FLOAT32 * (self.trained_dense + self.trained_experts // self.recipe.parallel.expert)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """One checkpoint: float32 values and both moments of what trains."""
+        return 3 * FLOAT32 * self.trained
+
+    @property
+    def checkpoints_bytes(self) -> int:
+        """Disk for all that are kept, and the one being written."""
+        return (self.recipe.checkpoint.keep + 1) * self.checkpoint_bytes
+
+    @property
+    def merged_bytes(self) -> int:
+        """Disk for the exported model."""
+        return STORED_BYTES * sum(self.config.parameter_counts().values())
+
+    @property
+    def operations(self) -> float:
+        """Operations per token of training, recomputation not counted."""
+        return step_operations(
+            self.config,
+            self.recipe.train.sequence_tokens,
+            adapter_parameters=self.adapter_parameters,
+            full_parameter=self.recipe.lora is None,
+            router_trains=self.recipe.router.train,
+        )
+
+    @property
+    def recomputed(self) -> float:
+        """Operations per token of the forward passes that are done once more."""
+        once = recompute_operations(
+            self.config, self.recipe.train.sequence_tokens, adapter_parameters=self.adapter_parameters
+        )
+        balance = self.recipe.router.balance
+        counts_ahead = balance.coefficient > 0 and balance.kind == "global" and self.accumulation > 1
+        return once * ((self.recipe.train.recompute == "full") + counts_ahead)
+
+    @property
+    def tokens_per_second(self) -> tuple[float, float] | None:
+        """Slowest and fastest that all ranks together may be expected to be; None where nothing was measured."""
+        if not any(name in self.machine.device_name for name in ("H100", "H200")) or self.recipe.lora is None:
+            return None
+        faster = SPEED_WITHOUT_RECOMPUTE if self.recipe.train.recompute == "none" else 1.0
+        peak = DENSE_PEAK * self.machine.ranks * faster / self.operations
+        return SHARE_PLAIN * peak, SHARE_FUSED * peak
+
+
+def model_config(recipe: Recipe, root: Path = CHECKOUT) -> tuple[ModelConfig, str]:
+    """The sizes of the recipe's model, and a sentence that says where they come from.
+
+    Raises:
+        RecipeError: the model is not on this machine and is none of the released ones.
+        ConfigError: its config.json is none that can be trained.
+    """
+    path = recipe.model.path
+    folder = resolve(path, root)
+    if folder is not None:
+        return ModelConfig.from_folder(folder), f"sizes from {folder / 'config.json'}"
+    cached = try_to_load_from_cache(path, "config.json")
+    if isinstance(cached, str):
+        return ModelConfig.from_folder(Path(cached).parent), f"sizes from {cached}"
+    if not path.rpartition("/")[2].startswith(("Qwen3-Coder-Next", "Qwen3-Next-80B-A3B")):
+        raise RecipeError(
+            f"{recipe.name}: model.path: '{path}' is not on this machine and its sizes are not known here; "
+            "download it first (hf download), or give a folder"
+        )
+    config = ModelConfig.from_dict(json.loads(REFERENCE.read_text(encoding="utf-8")))
+    return config, (
+        f"{path} is not on this machine: sizes from the reference config;"
+        " the checkpoint's own config.json decides at load"
+    )
+
+
+def plan(config: ModelConfig, recipe: Recipe, machine: Machine) -> Plan:
+    """What `recipe` takes on `machine`.
+
+    Raises:
+        RecipeError: the ranks, the batch, the experts or the adapters do not go together.
+    """
+    made = _plan(config, recipe, machine)
+    return replace(made, suggestion=_suggestion(made)) if made.fits is False else made
+
+
+def adapter_parameters(config: ModelConfig, recipe: Recipe) -> int:
+    """Parameters of all adapters: rank x (inputs + outputs) for every adapted matrix.
+
+    Raises:
+        RecipeError: a target that no layer of this model has.
+    """
+    if recipe.lora is None:
+        return 0
+    sizes = _target_sizes(config)
+    absent = [target for target in recipe.lora.targets if not sizes[target]]
+    if absent:
+        raise RecipeError(f"{recipe.name}: lora.targets: no layer of this model has {', '.join(absent)}; leave it out")
+    return recipe.lora.rank * sum(sizes[target] for target in recipe.lora.targets)
+
+
+def _plan(config: ModelConfig, recipe: Recipe, machine: Machine) -> Plan:
+    recipe.check_ranks(machine.ranks, config.num_experts)
+    adapters = adapter_parameters(config, recipe)
+    counts = config.parameter_counts()
+    experts, dense = counts["experts"], sum(counts.values()) - counts["experts"]
+    router = counts["router"] if recipe.router.train else 0
+    if recipe.lora is None:
+        trained_dense, trained_experts = dense - counts["router"] + router, experts
+    else:
+        trained_dense, trained_experts = adapters + router, 0
+    made = Plan(
+        config=config,
+        recipe=recipe,
+        machine=machine,
+        weight_bytes=weight_bytes(recipe, machine),
+        accumulation=recipe.accumulation(machine.ranks),
+        adapter_parameters=adapters,
+        trained_dense=trained_dense,
+        trained_experts=trained_experts,
+        memory={},
+        suggestion=None,
+    )
+    return replace(made, memory=_state_bytes(made, dense, experts) | _working_bytes(made))
+
+
+def weight_bytes(recipe: Recipe, machine: Machine) -> int:
+    """Bytes of one weight: of the recipe's number format, or of what suits the machine."""
+    auto = "float32" if machine.device_bytes is None else "bfloat16"
+    return {"float32": 4, "bfloat16": 2}[auto if recipe.model.dtype == "auto" else recipe.model.dtype]
+
+
+def _state_bytes(made: Plan, dense: int, experts: int) -> dict[str, int]:
+    """Weights and what the optimizer holds, on one rank. Exact but for padding of the partitions."""
+    ranks, expert = made.machine.ranks, made.recipe.parallel.expert
+    local = made.trained_dense + made.trained_experts // expert
+    # ZeRO divides dense parameters over all ranks, experts over those that hold the same ones.
+    shard = -(-made.trained_dense // ranks) + -(-made.trained_experts // ranks)
+    gradients = FLOAT32 * (shard if made.recipe.parallel.zero_stage == 2 else local)
+    return {
+        "weights, all but experts": made.weight_bytes * dense,
+        "weights, experts": made.weight_bytes * experts // expert,
+        "adapters": made.weight_bytes * made.adapter_parameters,
+        "float32 copies of what trains": FLOAT32 * shard,
+        "AdamW moments": 2 * FLOAT32 * shard,
+        "gradients": gradients + made.weight_bytes * min(local, REDUCE_BUCKET),
+    }
+
+
+def _working_bytes(made: Plan) -> dict[str, int]:
+    """What one micro-batch needs on one rank while it is differentiated."""
+    config, train, tokens = made.config, made.recipe.train, made.recipe.train.micro_batch_tokens
+    packed, on_gpu = made.recipe.data.packing == "packed", made.machine.device_bytes is not None
+    setting = activations.Setting(
+        weight_bytes=made.weight_bytes,
+        full_parameter=made.recipe.lora is None,
+        sequence_tokens=train.sequence_tokens,
+        packed=packed,
+        dense_scores=packed and on_gpu,
+    )
+    layers = [activations.layer_tensors(config, layer, setting) for layer in range(config.num_hidden_layers)]
+    kept = sum(activations.kept_between_layers(config, layer, setting) for layer in range(len(layers)))
+    saved = max(map(sum, layers)) if train.recompute == "full" else sum(map(sum, layers))
+    transient = TRANSIENT_TENSORS * max(map(max, layers))
+    # A row leaves for its expert's rank and comes back, and so does its gradient; with even load as many arrive.
+    exchanged = 4 * config.num_experts_per_tok * config.hidden_size * made.weight_bytes
+    return {
+        "kept between layers": int(tokens * kept),
+        "saved in one layer" if train.recompute == "full" else "saved in all layers": int(tokens * saved),
+        "gradients within a layer": int(tokens * transient),
+        "rows on their way between ranks": tokens * exchanged if made.recipe.parallel.expert > 1 else 0,
+        "logits and their gradient": activations.loss_bytes(config, tokens, setting),
+        "runtime": RUNTIME_DEVICE_BYTES if on_gpu else RUNTIME_HOST_BYTES,
+    }
+
+
+def _target_sizes(config: ModelConfig) -> dict[str, int]:
+    """Inputs plus outputs of every adapter target, over all layers that have it."""
+    hidden, moe = config.hidden_size, len(config.moe_layers)
+    linear = config.layer_types.count("linear_attention")
+    full = config.num_hidden_layers - linear
+    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": full * (hidden + 2 * heads),
+        "k_proj": full * (hidden + kv),
+        "v_proj": full * (hidden + kv),
+        "o_proj": full * (heads + hidden),
+        "in_proj_qkvz": linear * (hidden + 2 * config.key_dim + 2 * config.value_dim),
+        "in_proj_ba": linear * (hidden + 2 * config.linear_num_value_heads),
+        "out_proj": linear * (config.value_dim + hidden),
+        "shared_expert": moe * 3 * (hidden + config.shared_expert_intermediate_size),
+    }
+
+
+def _largest_stored(config: ModelConfig) -> int:
+    """Bytes of the largest tensor of a released checkpoint, whose experts are stored one by one."""
+    largest = max(config.vocab_size, 2 * config.key_dim + 2 * config.value_dim, config.intermediate_size)
+    return STORED_BYTES * config.hidden_size * largest
+
+
+def _suggestion(made: Plan) -> str:
+    """The least change that makes the run fit, or what it would fit on."""
+    variants = _smaller(made)
+    for words, recipe in variants:
+        if _plan(made.config, recipe, made.machine).fits:
+            return f"set {words}"
+    words, recipe = variants[-1] if variants else ("", made.recipe)
+    ranks, experts = 2 * made.machine.ranks, made.config.num_experts
+    while made.machine.device_bytes is not None and ranks <= experts:
+        spread = _changed(recipe, "parallel", expert=ranks)
+        spread = _changed(spread, "train", global_batch_tokens=spread.train.micro_batch_tokens * ranks)
+        if experts % ranks == 0 and _plan(made.config, spread, replace(made.machine, ranks=ranks)).fits:
+            others = " and ".join(word for word in words.split(" and ") if word and "parallel.expert" not in word)
+            return f"use {ranks} such GPUs and set parallel.expert: {ranks}" + (f" and {others}" if others else "")
+        ranks *= 2
+    return "use more memory a rank: no setting of this recipe makes it fit"
+
+
+def _smaller(made: Plan) -> list[tuple[str, Recipe]]:
+    """Recipes that need less and less memory and mean the same training; what costs least time is changed first."""
+    recipe, ranks = made.recipe, made.machine.ranks
+    changed: dict[str, object] = {}
+    variants: list[tuple[str, Recipe]] = []
+
+    def change(section: str, key: str, value: object) -> None:
+        nonlocal recipe
+        recipe = _changed(recipe, section, **{key: value})
+        changed[f"{section}.{key}"] = value
+        variants.append((" and ".join(f"{name}: {setting}" for name, setting in changed.items()), recipe))
+
+    if recipe.parallel.zero_stage == 1:
+        change("parallel", "zero_stage", 2)
+    for expert in range(recipe.parallel.expert + 1, ranks + 1):
+        if ranks % expert == 0 and made.config.num_experts % expert == 0:
+            change("parallel", "expert", expert)
+    if recipe.train.recompute == "none":
+        change("train", "recompute", "full")
+    while recipe.packs_per_micro_batch % 2 == 0:
+        change("train", "micro_batch_tokens", recipe.train.micro_batch_tokens // 2)
+    return variants
+
+
+def _changed(recipe: Recipe, section: str, **update: object) -> Recipe:
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=update)})

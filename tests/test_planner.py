@@ -1,0 +1,453 @@
+"""The plan against what it predicts: transformers and peft for counts, torch for saved bytes and operations, the engine
+for the state of every rank."""
+
+import inspect
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+from data.packing import Batch
+from finetune import engine as engines
+from finetune import planner
+from finetune.activations import DELTA_CHUNK_TOKENS, LOSS_CHUNK_TOKENS, Setting, kept_between_layers, layer_tensors
+from finetune.arithmetic import recompute_operations, step_operations
+from finetune.kernels.experts import experts_grouped
+from finetune.lora import inject
+from finetune.model.config import ModelConfig
+from finetune.model.delta_rule import chunked_gated_delta_rule
+from finetune.model.head import token_loss_sum
+from finetune.model.model import HybridMoEForCausalLM
+from finetune.model.moe import Experts
+from finetune.parallel import world as worlds
+from finetune.parallel.experts import attach
+from finetune.plan_text import render
+from finetune.planner import GIB, Machine, Plan, adapter_parameters, model_config, plan
+from finetune.recipe import CHECKOUT, MIXER_TARGETS, Recipe, RecipeError, load_recipe
+from finetune.step import optimize
+from tests.configs import CONFIGS, randomise, tiny_config
+from tests.ranks import ranks
+
+REFERENCE = json.loads(planner.REFERENCE.read_text(encoding="utf-8"))
+H100 = Machine(ranks=8, ranks_per_node=8, device_name="NVIDIA H100 80GB HBM3", device_bytes=int(79.6 * GIB))
+CPU = Machine(ranks=2, ranks_per_node=2, device_name="CPU", device_bytes=None, host_bytes=8 * GIB)
+
+
+def recipe_of(**sections: Any) -> Recipe:
+    """A recipe with small batches; `sections` replace or add to it."""
+    values: dict[str, Any] = {
+        "name": "x",
+        "model": {"path": "x", "dtype": "float32"},
+        "data": {"train": ({"path": "x"},)},
+        "train": {"steps": 5, "sequence_tokens": 32, "micro_batch_tokens": 64, "global_batch_tokens": 256},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return Recipe.model_validate(values)
+
+
+def code(*overrides: str) -> Recipe:
+    return load_recipe(CHECKOUT / "recipes" / "code.yaml", overrides)
+
+
+# Counts
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_are_those_of_transformers(name: str) -> None:
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(Qwen3NextConfig(**CONFIGS[name]))
+    ours = ModelConfig.from_dict(CONFIGS[name]).parameter_counts()
+    assert sum(ours.values()) == sum(p.numel() for p in theirs.parameters())
+    assert ours["experts"] == sum(p.numel() for n, p in theirs.named_parameters() if ".mlp.experts." in n)
+
+
+def test_the_reference_is_the_released_model() -> None:
+    counts = ModelConfig.from_dict(REFERENCE).parameter_counts()
+    assert sum(counts.values()) == 79_674_391_296
+    assert counts["experts"] == 77_309_411_328
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(Qwen3NextConfig(**REFERENCE))
+    assert sum(p.numel() for p in theirs.parameters()) == 79_674_391_296
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "reference"])
+def test_mixer_adapters_are_those_of_peft_on_transformers(name: str) -> None:
+    values = REFERENCE if name == "reference" else CONFIGS[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen3NextConfig(**values))
+        model = inject_adapter_in_model(LoraConfig(r=3, target_modules=list(MIXER_TARGETS)), model)
+    adapters = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+    assert adapter_parameters(ModelConfig.from_dict(values), recipe_of(lora={"rank": 3})) == adapters > 0
+
+
+@pytest.mark.parametrize("target", [*MIXER_TARGETS, "shared_expert"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_target_is_what_training_adapts(name: str, target: str) -> None:
+    config = ModelConfig.from_dict(CONFIGS[name])
+    with torch.device("meta"):
+        model = HybridMoEForCausalLM(config)
+        inject(model, rank=5, alpha=1, dropout=0, targets=(target,), seed=0)
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_parameters(config, recipe_of(lora={"rank": 5, "targets": (target,)})) == adapters > 0
+
+
+def test_a_target_that_no_layer_has_is_refused() -> None:
+    config = ModelConfig.from_dict(tiny_config(num_hidden_layers=1, layer_types=["full_attention"]))
+    with pytest.raises(RecipeError, match=r"^x: lora\.targets: no layer of this model has in_proj_ba; leave it out$"):
+        plan(config, recipe_of(lora={"targets": ("q_proj", "in_proj_ba")}), replace(CPU, ranks=1))
+
+
+# State of every rank, against DeepSpeed
+
+
+STATES = {
+    "adapters-and-router-expert-2": recipe_of(
+        lora={"rank": 4}, router={"train": True}, parallel={"ranks": 2, "expert": 2}
+    ),
+    "adapters-zero-1": recipe_of(lora={"rank": 4}, parallel={"ranks": 2, "zero_stage": 1}),
+    "everything-expert-2": recipe_of(lora=None, router={"train": True}, parallel={"ranks": 2, "expert": 2}),
+    "all-but-routers": recipe_of(lora=None, parallel={"ranks": 2}),
+}
+
+
+def measure_states(rank: int) -> dict[str, dict[str, int]]:
+    return {name: measure_state(recipe) for name, recipe in STATES.items()}
+
+
+def measure_state(recipe: Recipe) -> dict[str, int]:
+    """Bytes that one rank holds after a step of this recipe on the tiny model."""
+    world = worlds.start(recipe.parallel.expert)
+    config = ModelConfig.from_dict(tiny_config())
+    model = HybridMoEForCausalLM(config, world.experts(config.num_experts))
+    randomise(model, 0)
+    if recipe.lora is not None:
+        lora = recipe.lora
+        inject(model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets, seed=0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.requires_grad_(recipe.router.train)
+    if world.expert_group is not None:
+        attach(model, world.expert_group)
+    engine = engines.start(model, recipe, world, accumulation=1)
+    ids = torch.randint(0, config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(world.rank))
+    optimize(engine, [Batch(ids, ids, torch.zeros_like(ids))], recipe.router, world)
+    flat = engine.optimizer.single_partition_of_fp32_groups
+    moments = [engine.optimizer.optimizer.state[partition] for partition in flat]
+    stored = engines.training_state(engine, world)
+    return {
+        "weights": sum(p.numel() for p in model.parameters()) * 4,
+        "float32 copies": sum(partition.numel() for partition in flat) * 4,
+        "moments": sum(state[kind].numel() for state in moments for kind in engines.MOMENTS) * 4,
+        "stored": sum(tensor.numel() for tensor in stored.values()) * 4,
+        "groups": len(flat),
+    }
+
+
+def test_state_of_every_rank_is_what_deepspeed_holds() -> None:
+    measured = ranks(2, measure_states)
+    config = ModelConfig.from_dict(tiny_config())
+    for name, recipe in STATES.items():
+        made = plan(config, recipe, CPU)
+        weights = sum(made.memory[part] for part in ("weights, all but experts", "weights, experts", "adapters"))
+        for rank in range(2):
+            held = measured[rank][name]
+            assert held["weights"] == weights, name
+            # Partitions are padded to whole ranks, group by group.
+            slack = 4 * 8 * held["groups"]
+            assert 0 <= held["float32 copies"] - made.memory["float32 copies of what trains"] <= slack, name
+            assert 0 <= held["moments"] - made.memory["AdamW moments"] <= 2 * slack, name
+        assert sum(measured[rank][name]["stored"] for rank in range(2)) == made.checkpoint_bytes, name
+
+
+# Activations, against what torch saves
+
+
+def saved_bytes(config: ModelConfig, setting: Setting, tokens: int) -> int:
+    """Bytes of distinct storages, parameters aside, that the first layer keeps for its backward pass."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}[setting.weight_bytes]
+    model = HybridMoEForCausalLM(config)
+    randomise(model, 0)
+    model = model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.compute = experts_grouped
+    if not setting.full_parameter:
+        targets = [t for t in MIXER_TARGETS if ("_proj_" in t or t == "out_proj") == model.model.layers[0].is_linear]
+        inject(model, rank=4, alpha=4, dropout=0, targets=targets, seed=0)
+    x = torch.randn(1, tokens, config.hidden_size).to(dtype).requires_grad_()
+    segments = (torch.arange(tokens) // (tokens // 2 if setting.packed else tokens)).unsqueeze(0)
+    layout = model._layout(x, segments, None)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage  # held, so that no other tensor takes its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model.layers[0](x, layout)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+WIDE = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 48,
+    "linear_value_head_dim": 80,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 96,
+    "shared_expert_intermediate_size": 160,
+    "intermediate_size": 300,
+    "num_hidden_layers": 1,
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one-document", "packed"])
+@pytest.mark.parametrize("dense", [False, True], ids=["experts", "dense"])
+@pytest.mark.parametrize("full", [False, True], ids=["adapters", "full"])
+@pytest.mark.parametrize("weight_bytes", [2, 4])
+@pytest.mark.parametrize("mixer", ["linear_attention", "full_attention"])
+def test_saved_tensors_of_a_layer(mixer: str, weight_bytes: int, full: bool, dense: bool, packed: bool) -> None:
+    config = ModelConfig.from_dict(
+        tiny_config(**WIDE, layer_types=[mixer], mlp_only_layers=[0] if dense else [])  # type: ignore[arg-type]
+    )
+    setting = Setting(
+        weight_bytes=weight_bytes,
+        full_parameter=full,
+        sequence_tokens=256,
+        packed=packed,
+        dense_scores=False,
+    )
+    planned = 256 * sum(layer_tensors(config, 0, setting))
+    # Never much too little; in float32 some conversions are free, which the plan does not count on.
+    assert 0.97 <= planned / saved_bytes(config, setting, 256) <= (1.03 if weight_bytes == 2 else 1.2)
+
+
+def test_what_a_layer_leaves_is_its_output_and_its_routing() -> None:
+    config = ModelConfig.from_dict(tiny_config(**WIDE))  # type: ignore[arg-type]
+    model = HybridMoEForCausalLM(config)
+    randomise(model, 0)
+    x = torch.randn(1, 64, config.hidden_size)
+    out, routing = model.model.layers[0](x, model._layout(x, torch.zeros(1, 64, dtype=torch.long), None))
+    setting = Setting(weight_bytes=4, full_parameter=False, sequence_tokens=64, packed=False, dense_scores=False)
+    assert 64 * kept_between_layers(config, 0, setting) == sum(t.numel() * t.itemsize for t in (out, *routing))
+
+
+def test_chunks_are_those_of_the_model() -> None:
+    assert inspect.signature(chunked_gated_delta_rule).parameters["chunk_tokens"].default == DELTA_CHUNK_TOKENS
+    assert inspect.signature(token_loss_sum).parameters["chunk_tokens"].default == LOSS_CHUNK_TOKENS
+    config = engines.deepspeed_config(recipe_of(), accumulation=1, dtype=torch.float32)
+    assert config["zero_optimization"]["reduce_bucket_size"] == planner.REDUCE_BUCKET
+
+
+# Operations, against torch's counter
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapters", "full"])
+def test_operations_are_those_that_torch_counts(full: bool) -> None:
+    config = ModelConfig.from_dict(tiny_config(**{**WIDE, "num_hidden_layers": 4, "vocab_size": 500}))  # type: ignore[arg-type]
+    model = HybridMoEForCausalLM(config)
+    randomise(model, 0)
+    adapters = 0
+    if not full:
+        inject(model, rank=4, alpha=4, dropout=0, targets=MIXER_TARGETS, seed=0)
+        adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        model.model.embed_tokens.requires_grad_()  # so that gradients flow to the first layer, as the plan counts
+    ids = torch.randint(0, 500, (1, 128), generator=torch.Generator().manual_seed(0))
+    planned = 128 * step_operations(config, 128, adapter_parameters=adapters, full_parameter=full, router_trains=full)
+    counted = count_operations(model, ids)
+    # Beside the matrices: the head is computed once more by the chunked loss, a triangular solve is not counted by
+    # torch, and neither is torch's attention on a CPU.
+    head = 2 * 128 * config.vocab_size * config.hidden_size
+    assert planned == pytest.approx(counted - head, rel=0.06)
+
+    model.recompute = True
+    again = 128 * recompute_operations(config, 128, adapter_parameters=adapters)
+    assert again == pytest.approx(count_operations(model, ids) - counted, rel=0.06)
+
+
+def count_operations(model: HybridMoEForCausalLM, ids: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss = model(ids, labels=ids).loss_sum
+        assert loss is not None
+        loss.backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(
+    ("sequence_tokens", "operations", "recomputed"),
+    [(4096, 16.33e9, 7.13e9), (16384, 20.56e9, 8.33e9), (65536, 37.47e9, 13.17e9)],
+)
+def test_operations_of_the_released_model(sequence_tokens: int, operations: float, recomputed: float) -> None:
+    """Against the figures worked out by hand for rank-16 adapters on the mixers."""
+    config = ModelConfig.from_dict(REFERENCE)
+    adapters = 16 * 1_071_360
+    step = step_operations(
+        config, sequence_tokens, adapter_parameters=adapters, full_parameter=False, router_trains=False
+    )
+    assert step == pytest.approx(operations, rel=1e-3)
+    assert recompute_operations(config, sequence_tokens, adapter_parameters=adapters) == pytest.approx(
+        recomputed, rel=1e-3
+    )
+
+
+# The plan as a whole
+
+
+def test_the_real_job_fits_its_machine_and_says_where_its_sizes_come_from() -> None:
+    config, source = model_config(code())
+    assert "sizes from the reference config; the checkpoint's own config.json decides at load" in source
+    made = plan(config, code(), H100)
+    assert made.fits
+    weights = made.memory["weights, all but experts"] + made.memory["weights, experts"]
+    assert weights / 1e9 == pytest.approx(24.1, abs=0.1)  # bfloat16, experts over 8 ranks
+    text = render(made, source)
+    assert source in text
+    assert "79,674,391,296 parameters, of which 17,141,760 train" in text
+    assert "Fits: " in text
+    assert "1,000 steps, 524,288,000 tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine"),
+    [
+        (("parallel.expert=1",), H100),
+        (("train.recompute=none",), H100),
+        (("train.recompute=none", "parallel.expert=2"), H100),
+        (("train.micro_batch_tokens=65536",), H100),
+        (("parallel.zero_stage=1", "parallel.expert=1"), replace(H100, device_bytes=141 * GIB)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_following_the_advice_makes_it_fit(overrides: tuple[str, ...], machine: Machine) -> None:
+    config = ModelConfig.from_dict(REFERENCE)
+    made = plan(config, code(*overrides), machine)
+    assert made.fits is False
+    assert made.suggestion is not None
+    advised = re.findall(r"([a-z_]+\.[a-z_]+): (\w+)", made.suggestion)
+    assert made.suggestion.startswith("set ")
+    changed = {key: value for key, _, value in (override.partition("=") for override in overrides)} | dict(advised)
+    assert plan(config, code(*(f"{key}={value}" for key, value in changed.items())), machine).fits
+    text = render(made)
+    assert "Does NOT fit: " in text
+    assert f"To make it fit: {made.suggestion}." in text
+
+
+def test_too_few_gpus_are_told_how_many_it_takes() -> None:
+    config = ModelConfig.from_dict(REFERENCE)
+    made = plan(config, code("parallel.ranks=2", "parallel.expert=2"), replace(H100, ranks=2))
+    assert made.suggestion == "use 4 such GPUs and set parallel.expert: 4"
+    enough = plan(config, code("parallel.ranks=4", "parallel.expert=4"), replace(H100, ranks=4))
+    assert enough.fits
+
+
+def test_a_gpu_that_no_setting_fits_is_told_so() -> None:
+    made = plan(ModelConfig.from_dict(REFERENCE), code(), replace(H100, device_bytes=2 * GIB))
+    assert made.suggestion == "use more memory a rank: no setting of this recipe makes it fit"
+
+
+def test_what_costs_memory_costs_memory() -> None:
+    config = ModelConfig.from_dict(REFERENCE)
+
+    def rank_bytes(*overrides: str) -> int:
+        return plan(config, code(*overrides), H100).rank_bytes
+
+    assert rank_bytes("parallel.expert=4") - rank_bytes() == 2 * 77_309_411_328 // 8
+    assert rank_bytes("train.recompute=none") > 4 * rank_bytes()
+    assert rank_bytes("train.micro_batch_tokens=16384") > rank_bytes()
+    assert rank_bytes("data.packing=padded") < rank_bytes()
+    assert rank_bytes("model.dtype=float32") > rank_bytes() + 20 * GIB
+    full = "lora=null", "monitor.drift_every_steps=0", "monitor.probe_tokens=4096"
+    assert rank_bytes(*full) > rank_bytes() + 100 * GIB
+    assert rank_bytes(*full, "parallel.zero_stage=1") > rank_bytes(*full)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-base", "code"])
+def test_every_recipe_can_be_planned(name: str) -> None:
+    recipe = load_recipe(CHECKOUT / "recipes" / f"{name}.yaml")
+    config, source = model_config(recipe)
+    made = plan(config, recipe, replace(CPU, ranks=recipe.parallel.ranks, ranks_per_node=8))
+    assert made.fits is (name != "code")
+    assert "time: no estimate" in render(made, source)
+
+
+def test_time_is_a_range_only_where_something_like_it_was_measured() -> None:
+    config = ModelConfig.from_dict(REFERENCE)
+    one = replace(H100, ranks=1, ranks_per_node=1, device_bytes=400 * GIB)
+    made = plan(config, code("parallel.ranks=1", "parallel.expert=1", "train.sequence_tokens=4096"), one)
+    slow, fast = made.tokens_per_second or (0, 0)
+    assert (slow, fast) == (pytest.approx(1649, rel=0.02), pytest.approx(7377, rel=0.02))  # measured on one H100
+    assert "time: " in render(made)
+    assert plan(config, code(), replace(H100, device_name="NVIDIA A100")).tokens_per_second is None
+    eight, sixteen = (plan(config, code(), replace(H100, ranks=ranks_)).tokens_per_second for ranks_ in (8, 16))
+    assert eight is not None
+    assert sixteen == pytest.approx(tuple(2 * rate for rate in eight))
+
+
+def test_counting_ahead_for_the_balance_of_a_step_is_counted() -> None:
+    config = ModelConfig.from_dict(tiny_config())
+    recompute = {"train": {"recompute": "none"}}
+    balanced = {"router": {"train": True, "balance": {"coefficient": 1e-2}}}
+
+    def recomputed(**sections: Any) -> float:
+        return plan(config, recipe_of(**{**recompute, **sections}), CPU).recomputed
+
+    assert recomputed() == 0
+    assert recomputed(**balanced) > 0
+    assert recomputed(**balanced, train={"recompute": "none", "global_batch_tokens": 128}) == 0
+
+
+def test_a_folder_on_this_machine_decides_over_the_reference(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()), encoding="utf-8")
+    config, source = model_config(recipe_of(model={"path": str(tmp_path)}))
+    assert config == ModelConfig.from_dict(tiny_config())
+    assert source == f"sizes from {tmp_path / 'config.json'}"
+
+
+def test_a_model_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^x: model\.path: 'someone/else' is not on this machine and its sizes"):
+        model_config(recipe_of(model={"path": "someone/else"}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "ranks_", "expected"),
+    [
+        ({"parallel": {"ranks": 2, "expert": 2}}, 3, "2 does not divide the 3 ranks of this run"),
+        ({"parallel": {"ranks": 3, "expert": 3}}, 3, "3 does not divide the 8 experts of the model"),
+        ({}, 3, r"256 is not a multiple of train.micro_batch_tokens x 3 ranks \(64 x 3\)"),
+    ],
+)
+def test_what_does_not_divide_is_refused(sections: dict[str, Any], ranks_: int, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        plan(ModelConfig.from_dict(tiny_config()), recipe_of(**sections), replace(CPU, ranks=ranks_))
+
+
+def test_room_on_a_host_is_shared_by_its_ranks_and_unknown_room_is_said() -> None:
+    config = ModelConfig.from_dict(tiny_config())
+    two, one = plan(config, recipe_of(), CPU), plan(config, recipe_of(), replace(CPU, ranks=1))
+    assert two.room_bytes is not None
+    assert one.room_bytes is not None
+    assert abs(2 * two.room_bytes - one.room_bytes) <= 2
+    unknown: Plan = plan(config, recipe_of(), replace(CPU, host_bytes=None))
+    assert unknown.fits is None
+    assert "Whether it fits is not known" in render(unknown)
+
+
+def test_a_full_disk_is_told() -> None:
+    config = ModelConfig.from_dict(REFERENCE)
+    text = render(plan(config, code(), replace(H100, disk_bytes=GIB // 2)))
+    assert "only 0.5 GiB are free there: lower checkpoint.keep or set output.dir elsewhere" in text
+    assert "are free there" not in render(plan(config, code(), replace(H100, disk_bytes=GIB)))
