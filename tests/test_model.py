@@ -102,6 +102,8 @@ def test_recompute_gives_identical_gradients(values: dict[str, Any]) -> None:
     model = random_model(values)
     ids = torch.randint(values["vocab_size"], (2, 70))
     segments = torch.tensor([[0] * 30 + [1] * 40, [0] * 1 + [1] * 50 + [-1] * 19])
+    runs = []  # of the first block, each forward pass
+    model.model.layers[0].register_forward_pre_hook(lambda *_: runs.append(model.recompute))
     found = []
     for recompute in (False, True):
         model.zero_grad()
@@ -110,6 +112,7 @@ def test_recompute_gives_identical_gradients(values: dict[str, Any]) -> None:
         z_loss = sum(routing.logits.logsumexp(-1).square().sum() for routing in out.routings.values())
         (out.loss_sum + z_loss).backward()
         found.append(gradients(model))
+    assert runs == [False, True, True]  # once more in the backward pass
     for name, expected in found[0].items():
         assert torch.equal(found[1][name], expected), name
 
