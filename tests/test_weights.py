@@ -146,6 +146,19 @@ def test_each_tensor_keeps_the_dtype_it_is_stored_in(tmp_path):
     assert {tensor.dtype for tensor in all_tensors(tmp_path / "single").values()} == {torch.float32}
 
 
+def test_everything_but_weights_and_hidden_files_comes_along(tmp_path):
+    base = save_released(transformers_model(CONFIGS["base"]), tmp_path / "base", shard="1GB", mtp=False)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_bytes(b"{{ tools }}\r\n")
+    for other in ("pytorch_model.bin", "weights.gguf", ".gitattributes"):
+        (base / other).write_bytes(b"large")
+    save_pretrained(from_pretrained(base, dtype=torch.float32), tmp_path / "saved", base=base)
+    template = tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja"
+    assert template.read_bytes() == b"{{ tools }}\r\n"
+    found = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert found == {"config.json", "model.safetensors", "additional_chat_templates", *COMPANIONS}
+
+
 def test_the_index_counts_what_it_names(released, tmp_path):
     save_pretrained(from_pretrained(released, dtype=torch.float32), tmp_path / "saved", max_shard_bytes=100_000)
     index = json.loads((tmp_path / "saved" / INDEX).read_text())
@@ -165,11 +178,14 @@ def test_the_index_counts_what_it_names(released, tmp_path):
         assert sum(stored.end - stored.start for stored in shards.read_header(file).values()) <= 100_000
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_without_a_base_the_configuration_is_written_as_released(name, tmp_path):
-    config = ModelConfig.from_dict(CONFIGS[name])
+IRREGULAR = {"irregular": tiny_config(layer_types=["full_attention", *["linear_attention"] * 2, "full_attention"])}
+
+
+@pytest.mark.parametrize("values", [*CONFIGS.values(), *IRREGULAR.values()], ids=[*CONFIGS, *IRREGULAR])
+def test_without_a_base_the_configuration_is_written_as_released(values, tmp_path):
+    config = ModelConfig.from_dict(values)
     model = HybridMoEForCausalLM(config)
-    theirs = transformers_model(CONFIGS[name])
+    theirs = transformers_model(values)
     model.load_state_dict(theirs.state_dict())
     save_pretrained(model, tmp_path / "saved", dtype=torch.bfloat16)
     assert ModelConfig.from_folder(tmp_path / "saved") == config
@@ -179,7 +195,8 @@ def test_without_a_base_the_configuration_is_written_as_released(name, tmp_path)
         config.rope_theta,
         config.partial_rotary_factor,
     )
-    assert ("full_attention_interval" in written) != ("layer_types" in written)
+    regular = values is not IRREGULAR["irregular"]
+    assert ("full_attention_interval" in written, "layer_types" in written) == (regular, not regular)
     read = Qwen3NextConfig.from_pretrained(tmp_path / "saved")
     assert read.rope_parameters == theirs.config.rope_parameters
     differing = {
