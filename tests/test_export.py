@@ -309,6 +309,13 @@ def homeless(module, out=32, inner=32):
             r"trained experts are missing from the training state: model\.layers\.0\.mlp\.experts\.down_proj::7",
         ),
         (
+            {
+                "adapter": None,
+                "replaced": {f"model.layers.0.mlp.experts.gate_up_proj::{e}": torch.zeros(33, 32) for e in range(8)},
+            },
+            r"trained model\.layers\.0\.mlp\.experts\.gate_up_proj::0: \[33, 32\] does not make \[32, 32\]",
+        ),
+        (
             {"adapter": None, "replaced": {"model.norm.weight": torch.zeros(31)}},
             r"trained model\.norm\.weight: \[31\] does not make \[32\]",
         ),

@@ -22,7 +22,6 @@ from torch import Tensor
 from finetune.checkpoint.folder import copy_companions, whole_folder
 from finetune.checkpoint.layout import (
     CheckpointError,
-    Shape,
     Slot,
     is_expert_parameter,
     parameter_shapes,
@@ -183,7 +182,7 @@ class _Trained:
     """What was trained, checked against the model: every tensor has a place."""
 
     def __init__(self, config: ModelConfig, adapter: LoraFactors | None, replaced: Mapping[str, Tensor]):
-        shapes = parameter_shapes(config)
+        self.shapes = shapes = parameter_shapes(config)
         if adapter is None and not replaced:
             raise CheckpointError("the training state holds no trained weights; there is nothing to export")
         self.replaced = replaced
@@ -197,13 +196,13 @@ class _Trained:
                 raise CheckpointError(
                     f"LoRA factors of {name}: {list(b.shape)} x {list(a.shape)} does not make {list(shapes[name])}"
                 )
-        self._check_replaced(shapes)
+        self._check_replaced()
 
-    def _check_replaced(self, shapes: dict[str, Shape]) -> None:
+    def _check_replaced(self) -> None:
         places = {
             place
-            for name, shape in shapes.items()
-            for place in ([f"{name}::{e}" for e in range(shape[0])] if is_expert_parameter(name) else [name])
+            for name, shape in self.shapes.items()
+            for place in ([_piece(name, expert) for expert in range(shape[0])] if is_expert_parameter(name) else [name])
         }
         homeless = [name for name in self.replaced if name not in places]
         if homeless:
@@ -215,7 +214,7 @@ class _Trained:
 
     def touches(self, slot: Slot) -> bool:
         """Whether training changed the stored tensor of `slot`."""
-        return slot.parameter in self.factors or self._piece(slot, 0 if slot.fused else slot.expert) in self.replaced
+        return slot.parameter in self.factors or self._replaces(slot)
 
     def value(self, slot: Slot, stored: Callable[[], Tensor]) -> Tensor:
         """The trained values of a stored tensor, float32.
@@ -223,23 +222,31 @@ class _Trained:
         Args:
             stored: its values before training; called only where `replaced` does not hold the tensor.
         """
-        first = self._piece(slot, 0 if slot.fused else slot.expert)
-        if first not in self.replaced:
+        if not self._replaces(slot):
             value = stored().float()
         elif slot.fused:
-            value = torch.stack([self.replaced[self._piece(slot, expert)] for expert in range(slot.shape[0])]).float()
+            value = torch.stack([self._replacement(slot, expert) for expert in range(slot.shape[0])])
         else:
-            piece = self.replaced[first].float()
-            value = piece if slot.rows is None else piece[slot.rows]
-        if tuple(value.shape) != slot.shape:
-            raise CheckpointError(f"trained {first}: {list(value.shape)} does not make {list(slot.shape)}")
+            value = self._replacement(slot, slot.expert)
+            value = value if slot.rows is None else value[slot.rows]
         if slot.parameter in self.factors:
             a, b = self.factors[slot.parameter]
             value = value + self.scaling * (b.float().cpu() @ a.float().cpu())
         return value
 
-    def _piece(self, slot: Slot, expert: int | None) -> str:
-        return slot.parameter if expert is None else f"{slot.parameter}::{expert}"
+    def _replaces(self, slot: Slot) -> bool:
+        return _piece(slot.parameter, 0 if slot.fused else slot.expert) in self.replaced
+
+    def _replacement(self, slot: Slot, expert: int | None) -> Tensor:
+        piece, whole = _piece(slot.parameter, expert), self.shapes[slot.parameter]
+        value, shape = self.replaced[piece], whole if expert is None else whole[1:]
+        if tuple(value.shape) != shape:
+            raise CheckpointError(f"trained {piece}: {list(value.shape)} does not make {list(shape)}")
+        return value.float()
+
+
+def _piece(parameter: str, expert: int | None) -> str:
+    return parameter if expert is None else f"{parameter}::{expert}"
 
 
 def _rewrite(base: Path, folder: Path, config: ModelConfig, trained: _Trained) -> dict[str, str]:
