@@ -249,7 +249,7 @@ stop_training() { # the signal's name, the exit code to leave with
   exit "$2"
 }
 
-end_group() { # TERM to the launcher and every rank, so that they can save; KILL to those still there after 40 seconds
+end_group() { # TERM to the launcher and every rank; KILL to those still there after 40 seconds
   local tenths
   kill -TERM -- "-$GROUP" 2>/dev/null || return 0
   for ((tenths = 0; tenths < 400; tenths++)); do
