@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.corpus.make_corpus import HELD_OUT_PERCENT, MAX_FILE_BYTES, make_corpus
+from data.corpus.make_corpus import MAX_FILE_BYTES, make_corpus
 from data.tokenizer import OTHER_CONTROL_TOKENS, SPECIAL_TOKENS
 
 CORPUS = Path(__file__).parent.parent / "data" / "corpus"
@@ -62,6 +62,14 @@ def test_pairs_are_functions_of_the_files_on_their_own_side():
     assert not answers["train"] & answers["heldout"]
 
 
+def test_the_split_is_the_hash_of_the_path_and_bytes_carry_no_time():
+    listed = sources(CORPUS)
+    for path, (_, _, split) in listed.items():
+        assert (split == "heldout") == (int(hashlib.sha1(path.encode()).hexdigest(), 16) % 100 < 7)
+    for file in CORPUS.glob("*.gz"):
+        assert file.read_bytes()[:8] == b"\x1f\x8b\x08\0" + bytes(4)  # gzip, deflate, no name, no time
+
+
 def test_corpus_is_small_licensed_and_free_of_control_tokens():
     files = sorted(CORPUS.glob("*.gz"))
     assert len(files) == 4
@@ -97,6 +105,7 @@ def test_making_the_corpus_twice_gives_the_same_bytes(tmp_path):
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert not name.endswith(".gz") or (tmp_path / "a" / name).read_bytes()[3:8] == bytes(5)  # no name, no time
 
 
 def test_making_the_corpus_selects_cuts_and_splits(tmp_path):
@@ -108,8 +117,8 @@ def test_making_the_corpus_selects_cuts_and_splits(tmp_path):
     assert MAX_FILE_BYTES - 200 < size <= MAX_FILE_BYTES
     assert text.endswith("\n")
     ast.parse(text)
-    held_out = [path for path, entry in listed.items() if entry[2] == "heldout"]
-    assert 0 < len(held_out) < len(listed) * 3 * HELD_OUT_PERCENT / 100
+    for path, (_, _, side) in listed.items():
+        assert (side == "heldout") == (int(hashlib.sha1(path.encode()).hexdigest(), 16) % 100 < 7)
     same = [
         (split, pair["path"])
         for split in ("train", "heldout")

@@ -4,17 +4,21 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from collections import Counter
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from data.chat import Document
 from data.dataset import Dataset, prepare
 from data.loader import Loader, epoch_order, evaluation_batches, probe_batch
 from data.packing import Batch
-from data.show import describe, show_pack
+from data.show import describe, show_document, show_pack
 from data.sources import DataError, Source
 from data.tokenizer import Tokenizer, load_tokenizer
 
@@ -245,33 +249,35 @@ def test_what_a_killed_build_left_is_no_obstacle(tmp_path, tokenizer, dataset):
     assert not left.exists()
 
 
-def prepare_on_a_rank(path: str, cache: str, reports: "multiprocessing.SimpleQueue") -> None:
+def prepare_on_a_rank(path: str, cache: str, start: Barrier, reports: "Queue[str]") -> None:
     import data.dataset
 
     build = data.dataset._build
 
     def counted(*arguments: object) -> None:
         reports.put("built")
+        time.sleep(0.5)  # long enough for the others to come
         build(*arguments)
 
     data.dataset._build = counted
-    found = prepare([Source(path)], tokenizer=load_tokenizer(ROOT / "recipes" / "base"), cache=Path(cache), **SETTINGS)
+    tokenizer = load_tokenizer(ROOT / "recipes" / "base")
+    start.wait(60)
+    found = prepare([Source(path)], tokenizer=tokenizer, cache=Path(cache), **SETTINGS)
     reports.put(found.sha256)
 
 
 def test_one_of_several_processes_builds_and_all_open_the_same(tmp_path, dataset):
     context = multiprocessing.get_context("forkserver")
     source = write(tmp_path / "a.jsonl", rows(120))
-    reports = context.SimpleQueue()
-    ranks = [
-        context.Process(target=prepare_on_a_rank, args=(source.path, str(tmp_path / "cache"), reports))
-        for _ in range(3)
-    ]
+    reports, start = context.Queue(), context.Barrier(3)
+    arguments = (source.path, str(tmp_path / "cache"), start, reports)
+    ranks = [context.Process(target=prepare_on_a_rank, args=arguments) for _ in range(3)]
     for rank in ranks:
         rank.start()
-    found = Counter(reports.get() for _ in range(4))
     for rank in ranks:
-        rank.join(30)
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    found = Counter(reports.get(timeout=10) for _ in range(4))
     assert found == {"built": 1, dataset.sha256: 3}
 
 
@@ -286,6 +292,12 @@ def test_a_pack_is_shown_as_the_model_sees_it(dataset, tokenizer):
     assert "<|im_start|>assistant\n⟦It is" in body
     assert body.endswith("<|im_end|>⟧\n")
     assert body.replace("⟦", "").replace("⟧", "") == tokenizer.decode(documents[0].ids)
+
+
+def test_the_first_token_of_a_text_is_not_shown_as_trained(tokenizer):
+    ids = np.array([*tokenizer.encode_plain("def f"), tokenizer.document_id])
+    shown = show_document(Document(ids, np.ones(len(ids), np.bool_)), tokenizer)
+    assert shown.plain == "def⟦ f<|endoftext|>⟧"
 
 
 def test_one_line_describes_a_dataset(dataset):

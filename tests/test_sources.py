@@ -287,8 +287,8 @@ def test_only_assistant_turns_that_are_not_given_or_weighted_out_are_trained():
     turns = [USER, ANSWER, USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]
     conversation = read_columns({"messages": turns})
     assert [conversation.trained(i) for i in range(6)] == [False, True, False, False, False, True]
-    given = read_columns({"prompt": turns[:5], "completion": turns[5:], "system": "S"})
-    assert [given.trained(i) for i in range(7)] == [False] * 6 + [True]
+    given = read_columns({"prompt": turns[:2], "completion": turns[4:], "system": "S"})
+    assert [given.trained(i) for i in range(5)] == [False] * 4 + [True]
 
 
 def test_reasoning_has_one_name():
