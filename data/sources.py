@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
+from data.parquet import parquet_rows
 
 Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"]
 REPORTED_ROWS = 10
@@ -130,8 +129,6 @@ def read_rows(path: Path) -> Iterator[RawRow | RowError]:
         yield from reader(path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); copy it again") from None
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: damaged parquet file ({' '.join(str(error).split())}); copy it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
@@ -189,12 +186,11 @@ def _broken_json(path: Path, where: str, what: str) -> DataError:
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow | RowError]:
-    number = 0
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield RawRow(f"{path}: row {number}", _without_nulls(row))
+    try:
+        for number, row in enumerate(parquet_rows(path), start=1):
+            yield RawRow(f"{path}: row {number}", row)
+    except ValueError as error:
+        raise DataError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())}); copy it again") from None
 
 
 def _read_whole(path: Path) -> Iterator[RawRow | RowError]:
@@ -208,15 +204,6 @@ def _object(place: str, row: Any) -> RawRow | RowError:
     if not isinstance(row, dict):
         return RowError("not an object", f"expected an object with columns, found {type(row).__name__}", place)
     return RawRow(place, row)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Parquet gives every struct the fields of all others and fills them with null: those were never written."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
 
 
 def _refuse_unreadable(path: Path, files: list[Path], kind: Format) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -75,6 +76,19 @@ def test_parquet_rows_lose_the_nulls_that_its_schema_invents(tmp_path):
     found = list(read_rows(tmp_path / "a.parquet"))
     assert [row.columns for row in found] == rows
     assert found[1].place == f"{tmp_path / 'a.parquet'}: row 2"
+
+
+def test_parquet_written_by_datasets_gives_back_what_its_json_columns_held(tmp_path):
+    call = {"name": "f", "arguments": {"b": [1], "c": None}}
+    rows = [
+        {"messages": [USER, {"role": "assistant", "content": "A", "tool_calls": [call]}], "n": 1},
+        {"messages": [USER, {"role": "assistant", "content": "A", "extra": [3, {"x": "y"}]}], "n": 2},
+        {"messages": [USER, {"role": "assistant", "content": "A", "extra": "text"}], "n": 3},
+    ]
+    written = write(tmp_path / "a.jsonl", lines(*rows))
+    table = datasets.load_dataset("json", data_files=str(written), split="train", cache_dir=str(tmp_path / "cache"))
+    table.to_parquet(tmp_path / "a.parquet")
+    assert [row.columns for row in read_rows(tmp_path / "a.parquet")] == rows
 
 
 def test_places_are_the_lines_where_rows_begin(tmp_path):
@@ -201,7 +215,7 @@ def test_the_search_for_further_mistakes_ends(tmp_path, monkeypatch):
         ("a.json", b'["\xff"]', r"a\.json: not UTF-8 \(byte 2\)"),
         ("a.jsonl.gz", gzip.compress(lines(*ROWS).encode())[:-12], r"a\.jsonl\.gz: damaged gzip file"),
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: damaged gzip file"),
-        ("a.parquet", b"PAR1 not", r"a\.parquet: damaged parquet file"),
+        ("a.parquet", b"PAR1 not", r"a\.parquet: cannot be read as parquet"),
     ],
 )
 def test_a_damaged_file_stops_even_where_bad_rows_are_skipped(tmp_path, name, content, message):
