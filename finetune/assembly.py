@@ -4,17 +4,19 @@ Each rank checks alone what it can check alone, and what one rank finds wrong is
 collective (`World.together`), so that a mistake is a sentence and not a hang.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 
-from data.loader import Dataset, Loader, describe, evaluation_batches, prepare, probe_batch
+from data.dataset import Dataset, prepare
+from data.loader import Loader, evaluation_batches, probe_batch
 from data.packing import Batch
-from data.sources import DataError
-from data.tokenizer import load_tokenizer
+from data.show import describe
+from data.sources import DataError, Source
+from data.tokenizer import Tokenizer, load_tokenizer
 from finetune import engine as engines
 from finetune.balance import prove_reach
 from finetune.checkpoint.layout import CheckpointError
@@ -24,11 +26,12 @@ from finetune.evaluation import to_device
 from finetune.kernels.experts import KernelError, choose
 from finetune.lora import AdapterError, inject
 from finetune.model.config import ModelConfig
-from finetune.model.model import HybridMoEForCausalLM, initialise
+from finetune.model.model import PADDING, HybridMoEForCausalLM, initialise
 from finetune.model.moe import Experts
 from finetune.parallel.experts import attach
 from finetune.parallel.world import World
-from finetune.recipe import Recipe, RecipeError
+from finetune.recipe import Recipe, RecipeError, resolve
+from finetune.recipe import Source as RecipeSource
 
 Say = Callable[[str], None]
 
@@ -53,8 +56,42 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
         say: tells the user what is being done; on rank 0 only.
     """
     config = ModelConfig.from_folder(folder)
-    train, held_out = _datasets(recipe, folder, world, say)
+    with world.together(DataError):
+        train, held_out = datasets(recipe, load_tokenizer(folder))
+    say(f"training data: {describe(train)}")
+    if held_out is not None:
+        say(f"held-out data: {describe(held_out)}")
     model = _model(recipe, config, folder, world, say)
+    adapted = _choose_what_trains(model, recipe, world, say)
+    packs, seed = recipe.packs_per_micro_batch, recipe.train.seed
+    probe_packs = min(len(train), -(-recipe.monitor.probe_tokens // recipe.train.sequence_tokens))
+    probe = _part(probe_batch(train, packs=probe_packs, seed=seed), world)
+    for name, norm in prove_reach(model, probe, recipe.router, world).items():
+        say(f"proved: the loss of {name} reaches what trains (gradient norm {norm:.3g})")
+
+    accumulation = recipe.accumulation(world.size)
+    loader = Loader(
+        train,
+        packs_per_micro_batch=packs,
+        micro_batches_per_step=accumulation,
+        rank=world.rank,
+        ranks=world.size,
+        seed=seed,
+    )
+    return Assembly(
+        engine=engines.start(model, recipe, world, accumulation=accumulation),
+        model=model,
+        loader=loader,
+        evaluation=[]
+        if held_out is None
+        else evaluation_batches(held_out, packs_per_micro_batch=packs, rank=world.rank, ranks=world.size),
+        probe=probe,
+        adapted=adapted,
+    )
+
+
+def _choose_what_trains(model: HybridMoEForCausalLM, recipe: Recipe, world: World, say: Say) -> list[str]:
+    """Put adapters in place and freeze what does not train; return the names of the adapted modules."""
     adapted = []
     with world.together(AdapterError):
         if recipe.lora is not None:
@@ -76,29 +113,7 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
         f"training {sum(p.numel() for p in trained):,} parameters on this rank in {len(trained)} tensors"
         + (f": adapters on {len(adapted)} modules ({_counted(adapted)})" if adapted else "")
     )
-
-    packs, seed = recipe.packs_per_micro_batch, recipe.train.seed
-    probe = _part(probe_batch(train, -(-recipe.monitor.probe_tokens // recipe.train.sequence_tokens), seed), world)
-    for name, norm in prove_reach(model, probe, recipe.router, world).items():
-        say(f"proved: the loss of {name} reaches what trains (gradient norm {norm:.3g})")
-
-    accumulation = recipe.accumulation(world.size)
-    loader = Loader(
-        train,
-        packs_per_micro_batch=packs,
-        micro_batches_per_step=accumulation,
-        rank=world.rank,
-        ranks=world.size,
-        seed=seed,
-    )
-    return Assembly(
-        engine=engines.start(model, recipe, world, accumulation=accumulation),
-        model=model,
-        loader=loader,
-        evaluation=evaluation_batches(held_out, packs, world.rank, world.size) if held_out is not None else [],
-        probe=probe,
-        adapted=adapted,
-    )
+    return adapted
 
 
 def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -108,31 +123,28 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _datasets(recipe: Recipe, folder: Path, world: World, say: Say) -> tuple[Dataset, Dataset | None]:
+def datasets(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out data of the recipe, tokenised once and kept; every rank may call it at the same time.
+
+    Raises:
+        DataError: a source is missing, holds rows that cannot be read, or leaves nothing to train on.
+    """
     data = recipe.data
     cache = Path(data.cache).absolute() if data.cache else Path(recipe.output.dir).absolute() / ".cache"
-    with world.together(DataError):
-        tokenizer = load_tokenizer(folder)
-        prepared = [
-            prepare(
-                [(source.path, source.format) for source in sources],
-                tokenizer,
-                cache=cache,
-                sequence_tokens=recipe.train.sequence_tokens,
-                packing=data.packing,
-                on_bad_row=data.on_bad_row,
-                over_long=data.over_long,
-            )
-            if sources
-            else None
-            for sources in (data.train, data.eval)
-        ]
-    train, held_out = prepared
-    assert train is not None, "a recipe has at least one training source"
-    say(f"training data: {describe(train)}")
-    if held_out is not None:
-        say(f"held-out data: {describe(held_out)}")
-    return train, held_out
+
+    def prepared(sources: Sequence[RecipeSource]) -> Dataset:
+        return prepare(
+            [Source(str(resolve(source.path) or source.path), source.format) for source in sources],
+            tokenizer=tokenizer,
+            sequence_tokens=recipe.train.sequence_tokens,
+            packing=data.packing,
+            on_bad_row=data.on_bad_row,
+            over_long=data.over_long,
+            cache=cache,
+            report=lambda line: print(line, flush=True),  # only the rank that builds says anything
+        )
+
+    return prepared(data.train), prepared(data.eval) if data.eval else None
 
 
 def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say: Say) -> HybridMoEForCausalLM:
@@ -165,10 +177,10 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
 def _part(batch: Batch, world: World) -> Batch:
     """Packs of this rank in a batch that all ranks share; every rank gets as many, filled up with padding."""
     short = -batch.input_ids.shape[0] % world.size
-    fills = Batch(input_ids=0, labels=-100, segment_ids=-1)  # type: ignore[arg-type]
+    fills = {"input_ids": 0, "labels": -100, "segment_ids": PADDING}
     padded = [
-        torch.cat((tensor, tensor.new_full((short, tensor.shape[1]), fill)))  # type: ignore[call-overload]
-        for tensor, fill in zip(batch, fills, strict=True)
+        torch.cat((tensor, tensor.new_full((short, tensor.shape[1]), fills[name])))
+        for name, tensor in batch._asdict().items()
     ]
     return to_device(Batch(*(tensor[world.rank :: world.size] for tensor in padded)), world.device)
 

@@ -5,6 +5,7 @@ What needs torch is imported by the command that needs it, so that a mistake in 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +18,13 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         command: Callable[[argparse.Namespace], int] = options.command
+        if command not in (finished, keys):
+            _name_accelerator()
         return command(options)
     except ValueError as error:
         if not _is_told(error):
             raise
-        if getattr(options, "local_rank", 0) in (-1, 0):  # every rank found it; one says it
+        if os.environ.get("RANK", "0") == "0":  # every rank finds such a mistake; one of them tells it
             print(f"nextune: {error}", file=sys.stderr, flush=True)
         return 2
 
@@ -48,7 +51,7 @@ def plan(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     from finetune.launch import print_plan
 
-    return print_plan(recipe)
+    return print_plan(recipe, ranks=options.ranks, device_gib=options.device_gib)
 
 
 def data(options: argparse.Namespace) -> int:
@@ -96,6 +99,14 @@ def keys(_: argparse.Namespace) -> int:
     return 0
 
 
+def _name_accelerator() -> None:
+    """Spare the user DeepSpeed's warning that it found no GPU; that is what most machines with our tiny recipe are."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _recipe(options: argparse.Namespace) -> Recipe:
     path = resolve(str(options.recipe)) or options.recipe
     return load_recipe(path, options.set)
@@ -116,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. optim.lr=1e-4")
         if command is train:
             sub.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
+        if command is plan:
+            sub.add_argument("--ranks", type=int, help="plan for so many ranks, not for this machine")
+            sub.add_argument("--device-gib", type=float, help="plan for GPUs with so much memory, not for this machine")
         if command is data:
             sub.add_argument("--show", type=int, default=1, metavar="N", help="how many sequences")
     for command in (export, summary):

@@ -30,7 +30,7 @@ from finetune.recipe import Recipe
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ExpertEngine(DeepSpeedEngine):
+class ExpertEngine(DeepSpeedEngine):  # type: ignore[misc]
     """DeepSpeed's engine, told by the parameters rather than by layer classes whether some are expert-parallel."""
 
     @property

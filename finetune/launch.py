@@ -1,17 +1,26 @@
 """What `train`, `plan` and `data` do with a recipe on this machine."""
 
 import logging
+import shutil
+import sys
+import warnings
 
 import deepspeed
+import psutil
 import torch
+from rich.console import Console
 
-from finetune.assembly import Say
+from data.show import describe, show_pack
+from data.tokenizer import load_tokenizer
+from finetune.assembly import Say, datasets
 from finetune.checkpoint.weights import resolve_model
 from finetune.model.config import ModelConfig
 from finetune.parallel import world as worlds
-from finetune.recipe import Recipe
+from finetune.plan_text import render
+from finetune.planner import GIB, Machine, model_config, plan
+from finetune.recipe import Recipe, RecipeError
 from finetune.run_folder import claim, finished_step, folder_of
-from finetune.trainer import Run
+from finetune.trainer import Run, TrainingError
 
 
 def train_here(recipe: Recipe) -> int:
@@ -20,6 +29,8 @@ def train_here(recipe: Recipe) -> int:
     say = _voice(rank)
     deepspeed.utils.logger.setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # DeepSpeed 0.19.8 calls collectives by names that torch is retiring; nothing a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     folder = folder_of(recipe)
     if (finished_step(folder) or 0) >= recipe.train.steps:
         say(f"{folder}: this run is complete; `python -m finetune summary {folder}` shows it")
@@ -30,11 +41,18 @@ def train_here(recipe: Recipe) -> int:
     recipe.accumulation(size)
     recipe.check_ranks(size, config.num_experts)
     world = worlds.start(recipe.parallel.expert)
-    with world.together(ValueError):
+    with world.together(RecipeError):
         if world.is_main:
             claim(folder, recipe)
     say(f"{recipe.name}: {size} rank(s), expert parallel {world.expert_size}; the run is in {folder}")
-    Run(recipe, folder, base, world, say).train()
+    try:
+        Run(recipe, folder, base, world, say).train()
+    except (worlds.RankError, TrainingError):  # on every rank alike; told once, by rank 0
+        raise
+    except ValueError as error:
+        if not world.is_main:  # found here alone, and the others may be waiting: say it, and let the launcher end them
+            print(f"nextune: rank {rank}: {error}", file=sys.stderr, flush=True)
+        raise
     worlds.stop()
     return 0
 
@@ -52,14 +70,53 @@ def _fit_to_ranks(recipe: Recipe, size: int, say: Say) -> Recipe:
     return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"expert": 1})})
 
 
-def print_plan(recipe: Recipe) -> int:
-    """Print the plan; exit code 1 when the run does not fit."""
-    raise SystemExit(0)
+def print_plan(recipe: Recipe, *, ranks: int | None, device_gib: float | None) -> int:
+    """Print what the run needs; exit code 1 when it does not fit.
+
+    Args:
+        ranks: plan for so many ranks instead of this machine's GPUs, or the recipe's number where there are none.
+        device_gib: memory of each rank's GPU, for planning on a machine that has none.
+    """
+    config, source = model_config(recipe)
+    planned = plan(config, recipe, _machine(recipe, ranks, device_gib))
+    print(render(planned, source), flush=True)
+    return 1 if planned.fits is False else 0
+
+
+def _machine(recipe: Recipe, ranks: int | None, device_gib: float | None) -> Machine:
+    gpus = torch.cuda.device_count()
+    ranks = ranks or gpus or recipe.parallel.ranks
+    here = next(place for place in (folder_of(recipe), *folder_of(recipe).parents) if place.exists())
+    disk = shutil.disk_usage(here).free
+    if device_gib is not None:
+        return Machine(
+            ranks=ranks,
+            ranks_per_node=min(ranks, 8),
+            device_name=f"GPU with {device_gib:g} GiB",
+            device_bytes=int(device_gib * GIB),
+            disk_bytes=disk,
+        )
+    device = torch.cuda.get_device_properties(0) if gpus else None
+    return Machine(
+        ranks=ranks,
+        ranks_per_node=gpus or ranks,
+        device_name=device.name if device else "CPU",
+        device_bytes=device.total_memory if device else None,
+        host_bytes=psutil.virtual_memory().total,
+        disk_bytes=disk,
+    )
 
 
 def show_data(recipe: Recipe, packs: int) -> int:
-    """Print the first sequences of the first epoch."""
-    raise SystemExit(0)
+    """Print the first sequences of the training data."""
+    tokenizer = load_tokenizer(resolve_model(recipe.model.path))
+    train, _ = datasets(recipe, tokenizer)
+    console = Console(highlight=False)
+    console.print(describe(train))
+    for pack in range(min(packs, len(train))):
+        for line in show_pack(train, tokenizer, pack):
+            console.print(line)
+    return 0
 
 
 def _voice(rank: int) -> Say:

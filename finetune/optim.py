@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 def adamw(groups: list[dict[str, object]], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) over these groups, torch's own, so that nothing is compiled at start."""
     return torch.optim.AdamW(
-        groups,  # type: ignore[arg-type]
+        groups,
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,

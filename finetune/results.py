@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import rich
-from rich.table import Table
-
 from finetune.checkpoint.export import export_adapter, export_merged, split_trained
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_checkpoint, open_state
@@ -13,7 +10,7 @@ from finetune.evaluation import paired_change
 from finetune.model.config import ModelConfig
 from finetune.recipe import Recipe, RecipeError, load_recipe
 from monitoring.metrics import read_metrics
-from monitoring.routing import read_snapshot, routing_measures
+from monitoring.routing import read_snapshot, recorded_drift, routing_measures
 from monitoring.table import print_utilisation
 
 
@@ -53,12 +50,14 @@ def print_summary(run: Path) -> int:
         snapshot = read_snapshot(snapshots[-1])
         config = ModelConfig.from_folder(resolve_model(recipe.model.path))
         kinds = {layer: _KINDS[kind] for layer, kind in enumerate(config.layer_types)}
-        print_utilisation(snapshot, routing_measures(snapshot), kinds=kinds)
+        last = [record for record in records if record["kind"] == "routing" and record["step"] == snapshot.step]
+        drift = recorded_drift(last[-1]) if last else []
+        print_utilisation(snapshot, routing_measures(snapshot), drift, kinds)
     for line in _held_out_lines(records):
         print(line)
     findings = [record for record in records if record["kind"] == "finding" and record["level"] != "info"]
     print(f"findings of the routing and loss rules: {len(findings)}" + "".join(f"\n  {f['message']}" for f in findings))
-    rich.print(_places(run, recipe))
+    print("Where things are:", *_places(run, recipe), sep="\n")
     return 0
 
 
@@ -90,19 +89,16 @@ def _held_out_lines(records: list[dict[str, object]]) -> list[str]:
     ]
 
 
-def _places(run: Path, recipe: Recipe) -> Table:
-    table = Table(title="Where things are", box=None, show_header=False, pad_edge=False)
-    rows = {
-        "run folder": (run, "recipe.yaml, metrics.jsonl, checkpoints/"),
-        "report data": (run / "metrics.jsonl", "one JSON object a line"),
-        "expert counts": (run / "routing", "raw rows per layer and expert, heatmap.png"),
-        "W&B run": (run / "wandb", f"{recipe.monitor.wandb}; `wandb sync {run}/wandb/offline-run-*` uploads it"),
-        "merged model": (run / "merged", f'transformers.AutoModelForCausalLM.from_pretrained("{run / "merged"}")'),
-    }
-    for name, (path, note) in rows.items():
-        if path.exists():
-            table.add_row(name, str(path), note)
-    return table
+def _places(run: Path, recipe: Recipe) -> list[str]:
+    """What lies where, and how it is opened; what does not exist is left out. Not wrapped, so paths can be copied."""
+    rows = (
+        ("run folder", run, "recipe.yaml, metrics.jsonl, checkpoints/"),
+        ("report data", run / "metrics.jsonl", "one JSON object a line"),
+        ("expert counts", run / "routing", "rows per layer and expert of every window (step-*.npz); heatmap.png"),
+        ("W&B run", run / "wandb", f"{recipe.monitor.wandb}; see it with: wandb sync {run}/wandb/offline-run-*"),
+        ("merged model", run / "merged", "open with: transformers.AutoModelForCausalLM.from_pretrained(PATH)"),
+    )
+    return [f"  {name:14} {path}\n  {'':14} {note}" for name, path, note in rows if path.exists()]
 
 
 _KINDS = {"linear_attention": "DeltaNet", "full_attention": "attention"}

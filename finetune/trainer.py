@@ -4,7 +4,7 @@ import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -86,14 +86,16 @@ class Run:
         if not report and not routing:
             return
         since_report, since_routing = self.windows.close(self.world, report=report, routing=routing)
-        if report:
-            self._record(self._training_line(since_report, lr))
-            self.report_started = time.perf_counter()
+        line = self._training_line(since_report, lr)
+        # Routing first: the training line on the console names the worst layer of this window, not of the one before.
         if routing:
             snapshot = RoutingSnapshot(self.step, self.layers, since_routing.rows, since_routing.tokens)
             drifts = self._drift() if drift else None
             if self.world.is_main:
                 self._judge(self.sinks.routing(snapshot, routing_measures(snapshot), drifts))
+        if report:
+            self._record(line)
+            self.report_started = time.perf_counter()
         self._stop_if_told()
 
     def _training_line(self, totals: Totals, lr: float) -> dict[str, Any]:
@@ -154,7 +156,7 @@ class Run:
     def _resume(self, say: Say) -> int:
         """Put in the newest whole checkpoint of this run, if there is one; return the steps taken. Collective."""
         found = newest_checkpoint(self.folder / "checkpoints") if self.world.is_main else None
-        folder, skipped = self.world.gather(found)[0]  # type: ignore[misc]
+        folder, skipped = cast(tuple[Path | None, list[str]], self.world.gather(found)[0])
         for sentence in skipped:
             say(sentence)
         if folder is None:

@@ -17,7 +17,7 @@ from monitoring.routing import RoutingSnapshot
 
 PLAIN_WIDTH = 100
 STYLES = {"warn": "yellow", "alert": "bold red", "stop": "bold white on red"}
-_NOT_SHOWN = ("kind", "step", "time")
+_NOT_SHOWN = ("kind", "step", "time", "parts")
 
 
 def open_console() -> rich.console.Console:

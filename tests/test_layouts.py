@@ -151,9 +151,7 @@ def train_in_plain_torch(layout: Layout) -> dict[str, Any]:
         output = model(batch.input_ids, batch.segment_ids, labels=batch.labels)
         rows = count_rows(output.routings)
         shares = (rows / rows.sum(1, keepdim=True)).float()
-        router = router_loss(
-            output.routings, batch.segment_ids, recipe.router, step_shares=shares, step_tokens=tokens
-        )
+        router = router_loss(output.routings, batch.segment_ids, recipe.router, step_shares=shares, step_tokens=tokens)
         (output.loss_sum / supervised + router).float().backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         results["norm"].append(float(torch.nn.utils.clip_grad_norm_(trained, optim.clip_norm)))

@@ -38,7 +38,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
+        return gradient.clone(memory_format=torch.contiguous_format)  # `.contiguous()` keeps strides of 0 rows
 
 
 def choose(kind: str, *, device: torch.device, dtype: torch.dtype) -> tuple[ExpertCompute, str]:

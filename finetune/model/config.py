@@ -106,6 +106,8 @@ class ModelConfig:
             expected = _SCALARS.get(str(getattr(field.type, "__name__", field.type)))
             if expected and field.name in known and type(known[field.name]) not in expected:
                 raise ConfigError(f"{field.name}: expected {expected[0].__name__}, found {known[field.name]!r}")
+            if expected and expected[0] is float and field.name in known:
+                known[field.name] = float(known[field.name])
         return cls(**known)
 
     @property
