@@ -26,9 +26,6 @@ class Setting:
     full_parameter: bool  # inputs of every weight are kept, not only those of adapters
     sequence_tokens: int
     packed: bool  # a mask keeps documents apart in attention
-    dense_scores: (
-        bool  # attention under a mask keeps all scores (torch on CUDA: no fused kernel for mask and grouped keys)
-    )
 
 
 def layer_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[float]:
@@ -73,8 +70,7 @@ def _attention(config: ModelConfig, setting: Setting) -> list[float]:
     keys, weight, time = config.num_key_value_heads * config.head_dim, setting.weight_bytes, setting.sequence_tokens
     norms = _norm(queries, setting) + _norm(keys, setting)
     mask = [time * weight] if setting.packed else []
-    scores = [FLOAT32 * config.num_attention_heads * time, *[FLOAT32 * queries] * 3] if setting.dense_scores else []
-    return [*norms, *[float(weight * queries)] * 4, *[float(weight * keys)] * 2, *map(float, mask), *map(float, scores)]
+    return [*norms, *[float(weight * queries)] * 4, *[float(weight * keys)] * 2, *map(float, mask)]
 
 
 def _moe(config: ModelConfig, setting: Setting) -> list[float]:

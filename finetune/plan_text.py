@@ -88,11 +88,6 @@ def _disk(plan: Plan) -> list[str]:
 
 def _assumptions(plan: Plan) -> list[str]:
     sentences = ["experts receive even load; a rank whose experts receive twice as much keeps more rows"]
-    if plan.recipe.data.packing == "packed" and plan.machine.device_bytes is not None:
-        sentences.append(
-            "sequences hold several documents, and attention then keeps every score of a layer (sequence x sequence x"
-            " heads in float32)"
-        )
     if plan.tokens_per_second is not None:
         sentences.append(
             f"time: {SHARE_PLAIN:.1%} to {SHARE_FUSED:.0%} of 798 TFLOP/s, measured on one H100 with adapters and"

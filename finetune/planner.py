@@ -246,27 +246,28 @@ def _state_bytes(made: Plan, dense: int, experts: int) -> dict[str, int]:
 def _working_bytes(made: Plan) -> dict[str, int]:
     """What one micro-batch needs on one rank while it is differentiated."""
     config, train, tokens = made.config, made.recipe.train, made.recipe.train.micro_batch_tokens
-    packed, on_gpu = made.recipe.data.packing == "packed", made.machine.device_bytes is not None
     setting = activations.Setting(
         weight_bytes=made.weight_bytes,
         full_parameter=made.recipe.lora is None,
         sequence_tokens=train.sequence_tokens,
-        packed=packed,
-        dense_scores=packed and on_gpu,
+        packed=made.recipe.data.packing == "packed",
     )
     layers = [activations.layer_tensors(config, layer, setting) for layer in range(config.num_hidden_layers)]
     kept = sum(activations.kept_between_layers(config, layer, setting) for layer in range(len(layers)))
-    saved = max(map(sum, layers)) if train.recompute == "full" else sum(map(sum, layers))
-    transient = TRANSIENT_TENSORS * max(map(max, layers))
+    recomputed = train.recompute == "full"
+    saved = int(tokens * (max(map(sum, layers)) if recomputed else sum(map(sum, layers))))
+    transient = int(tokens * TRANSIENT_TENSORS * max(map(max, layers)))
+    # When layers are computed again, none is held while the head is differentiated: the two take turns.
+    logits = activations.loss_bytes(config, tokens, setting) - (saved + transient if recomputed else 0)
     # A row leaves for its expert's rank and comes back, and so does its gradient; with even load as many arrive.
     exchanged = 4 * config.num_experts_per_tok * config.hidden_size * made.weight_bytes
     return {
         "kept between layers": int(tokens * kept),
-        "saved in one layer" if train.recompute == "full" else "saved in all layers": int(tokens * saved),
-        "gradients within a layer": int(tokens * transient),
+        "saved in one layer" if recomputed else "saved in all layers": saved,
+        "gradients within a layer": transient,
         "rows on their way between ranks": tokens * exchanged if made.recipe.parallel.expert > 1 else 0,
-        "logits and their gradient": activations.loss_bytes(config, tokens, setting),
-        "runtime": RUNTIME_DEVICE_BYTES if on_gpu else RUNTIME_HOST_BYTES,
+        "logits and their gradient" + (", beyond a layer's" if recomputed else ""): max(0, logits),
+        "runtime": RUNTIME_HOST_BYTES if made.machine.device_bytes is None else RUNTIME_DEVICE_BYTES,
     }
 
 
