@@ -152,7 +152,13 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
     with init_empty_weights(include_buffers=False):
         model = HybridMoEForCausalLM(config, world.experts(config.num_experts))
     with world.together(CheckpointError, KernelError, RecipeError):
-        compute, chosen = choose(recipe.kernels.experts, device=world.device, dtype=dtype)
+        compute, chosen = choose(
+            recipe.kernels.experts,
+            hidden=config.hidden_size,
+            width=config.moe_intermediate_size,
+            device=world.device,
+            dtype=dtype,
+        )
         if recipe.model.init == "pretrained":
             load_weights(model, folder, dtype, world.device)
         else:

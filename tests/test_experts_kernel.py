@@ -76,14 +76,21 @@ def test_model_is_the_same_with_either() -> None:
     ],
 )
 def test_choice_follows_the_recipe_and_says_so(kind: str, compute: object, words: str) -> None:
-    chosen, sentence = choose(kind, device=torch.device("cpu"), dtype=torch.float32)
+    chosen, sentence = choose(kind, hidden=32, width=16, device=torch.device("cpu"), dtype=torch.float32)
     assert chosen is compute
     assert words in sentence
 
 
 def test_what_cannot_run_here_is_refused_or_replaced_aloud() -> None:
     with pytest.raises(KernelError, match=r"kernels\.experts: grouped does not run in torch\.float64 on cpu"):
-        choose("grouped", device=torch.device("cpu"), dtype=torch.float64)
-    chosen, sentence = choose("auto", device=torch.device("cpu"), dtype=torch.float64)
+        choose("grouped", hidden=32, width=16, device=torch.device("cpu"), dtype=torch.float64)
+    chosen, sentence = choose("auto", hidden=32, width=16, device=torch.device("cpu"), dtype=torch.float64)
+    assert chosen is experts_in_a_loop
+    assert "SLOW" in sentence
+
+
+def test_widths_of_the_model_decide() -> None:
+    # 9 float32 numbers are no multiple of 16 bytes, which the grouped product asks of every row.
+    chosen, sentence = choose("auto", hidden=32, width=9, device=torch.device("cpu"), dtype=torch.float32)
     assert chosen is experts_in_a_loop
     assert "SLOW" in sentence

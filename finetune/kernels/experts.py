@@ -38,36 +38,42 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient.clone(memory_format=torch.contiguous_format)  # `.contiguous()` keeps strides of 0 rows
+        # Of no rows, `.contiguous()` would keep the strides of an expanded gradient.
+        return gradient.contiguous() if gradient.numel() else gradient.new_empty(gradient.shape)
 
 
-def choose(kind: str, *, device: torch.device, dtype: torch.dtype) -> tuple[ExpertCompute, str]:
+def choose(
+    kind: str, *, hidden: int, width: int, device: torch.device, dtype: torch.dtype
+) -> tuple[ExpertCompute, str]:
     """The function that computes experts, and a sentence that says which and why.
 
-    `auto` tries the grouped product on this device and dtype, forward and backward, and says so if it has to fall back.
+    `auto` tries the grouped product at the model's own widths (it refuses rows that are no multiple of 16 bytes), on
+    this device and dtype, forward and backward, and says so if it has to fall back.
 
     Raises:
         KernelError: `grouped` was asked for and does not run here.
     """
     if kind == "loop":
         return experts_in_a_loop, "experts: loop (the definition), as the recipe asks"
-    fault = _fault(experts_grouped, device, dtype)
+    fault = _fault(experts_grouped, hidden, width, device, dtype)
     if fault is None:
         return experts_grouped, f"experts: grouped matrix product, {dtype} on {device.type}"
     if kind == "grouped":
         raise KernelError(
-            f"kernels.experts: grouped does not run in {dtype} on {device.type} with torch {torch.__version__}"
-            f" ({fault}); use 'auto' or 'loop'"
+            f"kernels.experts: grouped does not run in {dtype} on {device.type} at widths {hidden} and {width}"
+            f" with torch {torch.__version__} ({fault}); use 'auto' or 'loop'"
         )
     return experts_in_a_loop, f"experts: SLOW loop over experts; the grouped product does not run here ({fault})"
 
 
-def _fault(compute: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `compute` fails on a small problem with the strides of training, or None."""
-    rows = torch.ones(3, 16, device=device, dtype=dtype, requires_grad=True)
+def _fault(
+    compute: Callable[..., Tensor], hidden: int, width: int, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why `compute` fails on three experts with the strides of training, or None."""
+    rows = torch.ones(3, hidden, device=device, dtype=dtype, requires_grad=True)
     counts = torch.tensor([2, 0, 1], device=device)
-    gate_up = torch.ones(3, 32, 16, device=device, dtype=dtype, requires_grad=True)
-    down = torch.ones(3, 16, 16, device=device, dtype=dtype, requires_grad=True)
+    gate_up = torch.ones(3, 2 * width, hidden, device=device, dtype=dtype, requires_grad=True)
+    down = torch.ones(3, hidden, width, device=device, dtype=dtype, requires_grad=True)
     try:
         compute(rows, counts, gate_up, down).sum().backward()
     except RuntimeError as error:
