@@ -17,6 +17,7 @@ from monitoring.routing import RoutingSnapshot
 
 PLAIN_WIDTH = 100
 STYLES = {"warn": "yellow", "alert": "bold red", "stop": "bold white on red"}
+MOST_ALIKE = 2  # findings of one rule, level and step that are shown in full
 _NOT_SHOWN = ("kind", "step", "time", "parts")
 
 
@@ -50,9 +51,13 @@ class Console:
         self._worst_load: str | None = None
         self._live: Live | None = None
         self._progress: Progress | None = None
+        self._alike: tuple[Any, ...] = ()  # step, level and rule of the last finding
+        self._alike_count = 0
 
     def write(self, record: Record) -> None:
         kind = record["kind"]
+        if kind != "finding":
+            self._end_findings()
         if kind in ("start", "train") and self._console.is_terminal and self._live is None:
             self._start_bar(record.get("step", 0))
         if kind == "start":
@@ -72,6 +77,7 @@ class Console:
         self._worst_load = f"worst load {worst['max_vio'] + 1:.1f}x mean (layer {worst['layer']})"
 
     def close(self) -> None:
+        self._end_findings()
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -88,9 +94,25 @@ class Console:
 
     def _finding(self, record: Record) -> None:
         if record["level"] == "info":
-            return  # in metrics.jsonl; one line for each of 48 layers would bury the rest
+            return
+        alike = (record["step"], record["level"], record["rule"])
+        if alike != self._alike:
+            self._end_findings()
+            self._alike = alike
+        self._alike_count += 1
+        if self._alike_count > MOST_ALIKE:
+            return
         text = f"{_step(record)}{record['level'].upper()} {record['rule']}: {record['message']}"
         self._console.print(Text(text, style=STYLES[record["level"]]), soft_wrap=True)
+
+    def _end_findings(self) -> None:
+        """Say how many layers more broke the last rule: one line for each of 48 would bury the rest."""
+        if self._alike_count > MOST_ALIKE:
+            step, level, rule = self._alike
+            more = self._alike_count - MOST_ALIKE
+            text = f"step {step} | {level.upper()} {rule}: and {more} more layers, which metrics.jsonl names"
+            self._console.print(Text(text, style=STYLES[level]), soft_wrap=True)
+        self._alike, self._alike_count = (), 0
 
     def _say(self, text: str) -> None:
         # A pipe or a file gets whole lines: wrapping would break those who grep.

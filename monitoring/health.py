@@ -98,7 +98,8 @@ class Health:
         for group in groups:
             found = [finding for rule in RULES.get(group, ()) for finding in rule(record, self._history)]
             known = self._standing.get(group, {})
-            fresh += [f for f in found if _severity(f.level) > _severity(known.get((f.rule, f.layer)))]
+            new = [f for f in found if _severity(f.level) > _severity(known.get((f.rule, f.layer)))]
+            fresh += sorted(new, key=lambda f: (-_severity(f.level), f.rule))  # the worst first, rule by rule
             self._standing[group] = {(f.rule, f.layer): f.level for f in found}
         self._history.remember(record)
         return fresh

@@ -101,6 +101,17 @@ def test_findings_are_shown_from_warn_upwards():
     ]
 
 
+def test_many_layers_that_break_one_rule_are_two_lines_and_a_count():
+    found = [Finding(30, "warn", "drift_from_base", layer, f"layer {layer}") for layer in range(48)]
+    other = Finding(30, "alert", "drift_from_base", 5, "layer 5")
+    assert show(*(f.record() for f in [*found, other]), TRAIN | {"step": 30}).splitlines()[:4] == [
+        "step 30 | WARN drift_from_base: layer 0",
+        "step 30 | WARN drift_from_base: layer 1",
+        "step 30 | WARN drift_from_base: and 46 more layers, which metrics.jsonl names",
+        "step 30 | ALERT drift_from_base: layer 5",
+    ]
+
+
 def test_a_pipe_gets_whole_lines_however_narrow():
     assert len(show(TRAIN | {"step": 1}, width=40).splitlines()) == 1
 
