@@ -1,0 +1,90 @@
+"""A rank notices a signal, a dead launcher and a hang; seen from another process."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RANK = """
+import sys, time
+from pathlib import Path
+from finetune.watch import Watch
+watch = Watch(Path(sys.argv[1]), 3, stall_seconds=float(sys.argv[2]))
+watch.begin(launched=True)
+print("ready", flush=True)
+while watch.asked_to_stop is None:
+    time.sleep(0.05)
+    if sys.argv[3] == "beats":
+        watch.beat()
+print("stopping:", watch.asked_to_stop, flush=True)
+if sys.argv[3] == "stubborn":
+    time.sleep(60)
+watch.end()
+print(sorted(p.name for p in (Path(sys.argv[1]) / "crash").iterdir()), flush=True)
+"""
+# As DeepSpeed's: a runner that starts a launcher that starts the rank, whose output is ours.
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+def start(folder: Path, stall_seconds: float, manner: str, *, above: int = 0) -> "subprocess.Popen[str]":
+    command = [RANK, str(folder), str(stall_seconds), manner]
+    for _ in range(above):
+        command = [LAUNCHER, *command]
+    return subprocess.Popen([sys.executable, "-c", *command], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def first_line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_a_wish_that_the_loop_grants(tmp_path: Path, number: signal.Signals) -> None:
+    rank = start(tmp_path, 30, "beats")
+    assert first_line(rank) == "ready\n"
+    rank.send_signal(number)
+    out, _ = rank.communicate(timeout=20)
+    assert out == f"stopping: {number.name}\n[]\n"
+    assert rank.returncode == 0
+
+
+def test_asked_twice_is_at_once(tmp_path: Path) -> None:
+    rank = start(tmp_path, 30, "stubborn")
+    assert first_line(rank) == "ready\n"
+    rank.send_signal(signal.SIGTERM)
+    assert first_line(rank) == "stopping: SIGTERM\n"
+    rank.send_signal(signal.SIGTERM)
+    assert rank.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_the_death_of_the_launchers_parent_is_noticed(tmp_path: Path) -> None:
+    runner = start(tmp_path, 30, "beats", above=2)
+    assert first_line(runner) == "ready\n"
+    runner.kill()  # the launcher lives on and waits for its rank, which would train on for nobody
+    assert first_line(runner) == "stopping: the launcher died\n"
+
+
+def test_a_hang_leaves_the_stack_of_every_thread(tmp_path: Path) -> None:
+    rank = start(tmp_path, 2, "hangs")
+    began = time.monotonic()
+    assert first_line(rank) == "ready\n"
+    assert rank.wait(timeout=20) == 1
+    assert time.monotonic() - began >= 2
+    stack = (tmp_path / "crash" / "rank3.stack").read_text()
+    assert "Timeout" in stack
+    assert "most recent call first" in stack
+    assert 'File "<string>", line 9' in stack
+
+
+def test_beats_put_the_end_off(tmp_path: Path) -> None:
+    rank = start(tmp_path, 1, "beats")
+    assert first_line(rank) == "ready\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        rank.wait(timeout=3)
+    rank.terminate()
+    assert rank.wait(timeout=10) == 0
