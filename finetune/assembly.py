@@ -58,6 +58,7 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
     config = ModelConfig.from_folder(folder)
     with world.together(DataError):
         train, held_out = datasets(recipe, load_tokenizer(folder))
+        _check_amount(train, recipe)
     say(f"training data: {describe(train)}")
     if held_out is not None:
         say(f"held-out data: {describe(held_out)}")
@@ -88,6 +89,15 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
         probe=probe,
         adapted=adapted,
     )
+
+
+def _check_amount(train: Dataset, recipe: Recipe) -> None:
+    packs = recipe.train.global_batch_tokens // recipe.train.sequence_tokens
+    if len(train) < packs:
+        raise DataError(
+            f"data.train: fills {len(train):,} sequences of {recipe.train.sequence_tokens:,} tokens, but one optimizer"
+            f" step takes {packs:,}; lower train.global_batch_tokens or train.sequence_tokens, or add data"
+        )
 
 
 def _choose_what_trains(model: HybridMoEForCausalLM, recipe: Recipe, world: World, say: Say) -> list[str]:

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from finetune.recipe import Recipe, RecipeError, load_recipe, resolve
+from finetune.failure import is_told, tell
+from finetune.recipe import Recipe, load_recipe, resolve
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -22,10 +23,9 @@ def main(arguments: Sequence[str]) -> int:
             _name_accelerator()
         return command(options)
     except ValueError as error:
-        if not _is_told(error):
+        if not is_told(error):
             raise
-        if os.environ.get("RANK", "0") == "0":  # every rank finds such a mistake; one of them tells it
-            print(f"nextune: {error}", file=sys.stderr, flush=True)
+        tell(error)
         return 2
 
 
@@ -64,10 +64,11 @@ def data(options: argparse.Namespace) -> int:
 
 def finished(options: argparse.Namespace) -> int:
     """Print the run folder when the recipe's run has taken its last step; exit code 1 when it has not."""
-    from finetune.run_folder import finished_step, folder_of
+    from finetune.run_folder import check_folder, finished_step, folder_of
 
     recipe = _recipe(options)
     folder = folder_of(recipe)
+    check_folder(folder, recipe)
     step = finished_step(folder)
     if step is None or step < recipe.train.steps:
         done = f"stands at step {step}" if step is not None else "has not finished"
@@ -110,12 +111,6 @@ def _name_accelerator() -> None:
 def _recipe(options: argparse.Namespace) -> Recipe:
     path = resolve(str(options.recipe)) or options.recipe
     return load_recipe(path, options.set)
-
-
-def _is_told(error: ValueError) -> bool:
-    """Whether this error is one of ours, whose message is the whole story; others are bugs and keep their traceback."""
-    ours = ("finetune.", "data.", "monitoring.")
-    return isinstance(error, RecipeError) or type(error).__module__.startswith(ours)
 
 
 def _parser() -> argparse.ArgumentParser:

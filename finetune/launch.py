@@ -1,37 +1,51 @@
 """What `train`, `plan` and `data` do with a recipe on this machine."""
 
 import logging
+import os
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import deepspeed
 import psutil
 import torch
 from rich.console import Console
+from torch.distributed import DistNetworkError
 
 from data.show import describe, show_pack
 from data.tokenizer import load_tokenizer
 from finetune.assembly import Say, datasets
+from finetune.balance import RouterLossError
 from finetune.checkpoint.weights import resolve_model
+from finetune.failure import is_told, record_crash
 from finetune.model.config import ModelConfig
 from finetune.parallel import world as worlds
 from finetune.plan_text import render
 from finetune.planner import GIB, Machine, model_config, plan
 from finetune.recipe import Recipe, RecipeError
-from finetune.run_folder import claim, finished_step, folder_of
+from finetune.run_folder import check_folder, finished_step, folder_of, hold
 from finetune.trainer import Run, TrainingError
+
+
+class LaunchError(ValueError):
+    """Ranks that were started and cannot work together."""
+
+
+FOUND_BY_ALL = (worlds.RankError, TrainingError, RouterLossError)  # raised on every rank alike
 
 
 def train_here(recipe: Recipe) -> int:
     """Train on this rank, from the newest checkpoint if there is one, to the recipe's last step."""
     rank, size = worlds.read_rank()
     say = _voice(rank)
+    _share_cores()
     deepspeed.utils.logger.setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # DeepSpeed 0.19.8 calls collectives by names that torch is retiring; nothing a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     folder = folder_of(recipe)
+    check_folder(folder, recipe)
     if (finished_step(folder) or 0) >= recipe.train.steps:
         say(f"{folder}: this run is complete; `python -m finetune summary {folder}` shows it")
         return 0
@@ -40,21 +54,48 @@ def train_here(recipe: Recipe) -> int:
     recipe = _fit_to_ranks(recipe, size, say)
     recipe.accumulation(size)
     recipe.check_ranks(size, config.num_experts)
-    world = worlds.start(recipe.parallel.expert)
+    world = _join(recipe.parallel.expert)
     with world.together(RecipeError):
-        if world.is_main:
-            claim(folder, recipe)
+        if world.is_main and folder.exists():
+            hold(folder).release()  # before a second copy of a large model could take the memory of the first
     say(f"{recipe.name}: {size} rank(s), expert parallel {world.expert_size}; the run is in {folder}")
-    try:
-        Run(recipe, folder, base, world, say).train()
-    except (worlds.RankError, TrainingError):  # on every rank alike; told once, by rank 0
-        raise
-    except ValueError as error:
-        if not world.is_main:  # found here alone, and the others may be waiting: say it, and let the launcher end them
-            print(f"nextune: rank {rank}: {error}", file=sys.stderr, flush=True)
-        raise
+    _run(recipe, folder, base, world, say)
     worlds.stop()
     return 0
+
+
+def _join(expert_size: int) -> worlds.World:
+    try:
+        return worlds.start(expert_size)
+    except DistNetworkError as error:
+        raise LaunchError(
+            f"the ranks do not find each other at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            f" ({str(error).splitlines()[0]}); if another run is using that port, give another:"
+            " deepspeed --master_port PORT"
+        ) from error
+
+
+def _run(recipe: Recipe, folder: Path, base: Path, world: worlds.World, say: Say) -> None:
+    """Take the run to its end; what ends it before is recorded if it is a bug, and told if no other rank knows."""
+    run = None
+    try:
+        run = Run(recipe, folder, base, world, say)
+        run.train()
+    except Exception as error:
+        if not is_told(error):
+            record_crash(folder, error, rank=world.rank, step=run.step if run else None)
+        elif not world.is_main and not isinstance(error, FOUND_BY_ALL):
+            print(f"nextune: rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        raise
+
+
+def _share_cores() -> None:
+    """Give every rank its part of this machine's cores, unless OMP_NUM_THREADS says how many threads each may use.
+
+    By default torch uses all of them in every process; two ranks on two cores then take ten times as long.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
 
 
 def _fit_to_ranks(recipe: Recipe, size: int, say: Say) -> Recipe:

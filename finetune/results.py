@@ -57,7 +57,7 @@ def print_summary(run: Path) -> int:
         print(line)
     findings = [record for record in records if record["kind"] == "finding" and record["level"] != "info"]
     print(f"findings of the routing and loss rules: {len(findings)}" + "".join(f"\n  {f['message']}" for f in findings))
-    print("Where things are:", *_places(run, recipe), sep="\n")
+    print("Where things are:", *_places(run), sep="\n")
     return 0
 
 
@@ -78,24 +78,26 @@ def _held_out_lines(records: list[dict[str, object]]) -> list[str]:
     if len(evaluations) < 2:
         return []
     before, after = evaluations[0], evaluations[-1]
+    if before["loss"] is None or after["loss"] is None:
+        return [f"held-out loss: not a number at step {(before if before['loss'] is None else after)['step']}"]
     line = f"held-out loss: {before['loss']:.4f} before, {after['loss']:.4f} after {after['step']} steps"
     change = paired_change(before["parts"], after["parts"])  # type: ignore[arg-type]
     if change is None:
         return [line]
     mean, error = change
-    return [
-        f"{line}; change {mean:+.4f} with standard error {error:.4f} over {len(after['parts'])} batches"  # type: ignore[arg-type]
-        f" ({abs(mean) / error:.0f} standard errors)"
-    ]
+    line += f"; change {mean:+.4f} with standard error {error:.4f} over {len(after['parts'])} batches"  # type: ignore[arg-type]
+    return [line + (f" ({abs(mean) / error:.0f} standard errors)" if error else "")]
 
 
-def _places(run: Path, recipe: Recipe) -> list[str]:
+def _places(run: Path) -> list[str]:
     """What lies where, and how it is opened; what does not exist is left out. Not wrapped, so paths can be copied."""
+    offline = any(run.glob("wandb/offline-run-*"))
+    to_see_it = f"offline; see it with: wandb sync {run}/wandb/offline-run-*" if offline else "online"
     rows = (
         ("run folder", run, "recipe.yaml, metrics.jsonl, checkpoints/"),
         ("report data", run / "metrics.jsonl", "one JSON object a line"),
         ("expert counts", run / "routing", "rows per layer and expert of every window (step-*.npz); heatmap.png"),
-        ("W&B run", run / "wandb", f"{recipe.monitor.wandb}; see it with: wandb sync {run}/wandb/offline-run-*"),
+        ("W&B run", run / "wandb", to_see_it),
         ("merged model", run / "merged", "open with: transformers.AutoModelForCausalLM.from_pretrained(PATH)"),
     )
     return [f"  {name:14} {path}\n  {'':14} {note}" for name, path, note in rows if path.exists()]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from finetune.recipe import Recipe, RecipeError, dump, load_recipe
 
 # What may change between two starts of one run: how long, how often it reports and saves, and how it is laid out.
@@ -14,18 +16,23 @@ FREE = (
     *("checkpoint.", "monitor.", "parallel.", "kernels.", "data.cache", "output."),
 )
 
+SECONDS_TO_WAIT = 5  # for a process that is about to end: the same command may follow a killed one at once
+
 
 def folder_of(recipe: Recipe) -> Path:
     """The run's folder, made absolute."""
     return Path(recipe.output.dir).absolute() / recipe.name
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Write the effective recipe into the folder, after making sure that an earlier run there had the same one.
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Make sure that the folder can be written to, and that an earlier run in it had the same recipe. Changes nothing.
 
     Raises:
-        RecipeError: the folder holds a run of another recipe; names the keys that differ.
+        RecipeError: it cannot, or the folder holds a run of another recipe; names the keys that differ.
     """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"output.dir: {folder} cannot be written, because {there} is not a folder open to you")
     stored = folder / "recipe.yaml"
     now = flatten(recipe.model_dump(mode="json"))
     if stored.exists():
@@ -39,8 +46,38 @@ def claim(folder: Path, recipe: Recipe) -> None:
                 f"{folder}: holds a run of another recipe ({first}{', ...' if len(changed) > 3 else ''});"
                 f" give this one a name of its own (--set name=...) or delete the folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(stored, dump(recipe))
+
+
+def claim(folder: Path, recipe: Recipe) -> FileLock:
+    """Make the folder and write the effective recipe into it; the lock that is returned keeps it for this process.
+
+    Raises:
+        RecipeError: the folder cannot be written, or is in use.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = hold(folder)
+        write_whole(folder / "recipe.yaml", dump(recipe))
+    except OSError as error:
+        raise RecipeError(f"output.dir: {folder} cannot be written ({error.strerror or error})") from None
+    return held
+
+
+def hold(folder: Path) -> FileLock:
+    """Keep other processes from training in the folder until the lock is released or this process ends in any way.
+
+    Raises:
+        RecipeError: another process holds it.
+    """
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=SECONDS_TO_WAIT)
+    except Timeout:
+        raise RecipeError(
+            f"{folder}: another process is training this run; stop it first, or give this one a name of its own"
+            " (--set name=...)"
+        ) from None
+    return held
 
 
 def finished_step(folder: Path) -> int | None:

@@ -1,5 +1,6 @@
 """The training run: the only file that knows the order of steps, reports, evaluations and checkpoints."""
 
+import math
 import resource
 import time
 from collections.abc import Mapping
@@ -16,10 +17,11 @@ from finetune.checkpoint.resume import newest_checkpoint, open_state, write_chec
 from finetune.evaluation import compare_routing, held_out, probe_routing, to_device
 from finetune.optim import learning_rate
 from finetune.parallel.world import World
-from finetune.recipe import Recipe
-from finetune.run_folder import mark_finished
+from finetune.recipe import Recipe, RecipeError
+from finetune.run_folder import claim, mark_finished
 from finetune.step import optimize, seed_step
 from finetune.window import Totals, Windows
+from monitoring.files import MonitoringError
 from monitoring.health import Health
 from monitoring.metrics import read_metrics
 from monitoring.routing import LayerDrift, RoutingSnapshot, routing_drift, routing_measures
@@ -36,6 +38,8 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path, base: Path, world: World, say: Say):
         self.recipe, self.folder, self.world = recipe, folder, world
         parts = assemble(recipe, base, world, say)
+        with world.together(RecipeError):  # only now: a mistake found before leaves no folder behind
+            self.claimed = claim(folder, recipe) if world.is_main else None
         self.engine, self.model, self.loader = parts.engine, parts.model, parts.loader
         self.evaluation, self.probe = parts.evaluation, parts.probe
         self.layers = self.model.settings.moe_layers
@@ -44,7 +48,8 @@ class Run:
         self.base_routing = probe_routing(self.model, self.probe) if recipe.monitor.drift_every_steps else None
         self.step = self._resume(say)
         self.health = Health()
-        self.sinks = self._open_sinks()
+        with world.together(MonitoringError):
+            self.sinks = self._open_sinks()
         self.report_started = time.perf_counter()
         self.grad_norm = 0.0
         self.reasons_to_stop: list[str] = []
@@ -80,7 +85,9 @@ class Run:
     def _report(self, lr: float) -> None:
         """Write what is due of the training line and the routing record. Communicates when something is."""
         monitor = self.recipe.monitor
-        report = self.step == 1 or self._due(self.recipe.train.log_every_steps)
+        # A gradient that is not finite is seen by all ranks, and reported before a checkpoint could keep what it did.
+        broken = not math.isfinite(self.grad_norm)
+        report = broken or self.step == 1 or self._due(self.recipe.train.log_every_steps)
         drift = monitor.drift_every_steps > 0 and self._due(monitor.drift_every_steps)
         routing = drift or (monitor.routing_every_steps > 0 and self._due(monitor.routing_every_steps))
         if not report and not routing:
@@ -135,21 +142,32 @@ class Run:
         self._record(
             {"kind": "eval", "step": self.step, "loss": result.loss, "tokens": result.tokens, "parts": result.parts}
         )
+        self._stop_if_told()
         self.report_started += time.perf_counter() - paused
 
     def _save(self) -> None:
         """Write a checkpoint that a run on any number of ranks can go on from. Collective."""
         paused = time.perf_counter()
-        path = write_checkpoint(
-            self.folder / "checkpoints",
-            self.step,
-            tensors=engines.training_state(self.engine, self.world),
-            state={"step": self.step, "loader": self.loader.state()},
-            rank=self.world.rank,
-            ranks=self.world.size,
-            barrier=self.world.barrier,
-            keep=self.recipe.checkpoint.keep,
-        )
+
+        def barrier(fault: CheckpointError | None = None) -> None:
+            with self.world.together(CheckpointError):
+                if fault is not None:
+                    raise fault
+
+        try:
+            path = write_checkpoint(
+                self.folder / "checkpoints",
+                self.step,
+                tensors=engines.training_state(self.engine, self.world),
+                state={"step": self.step, "loader": self.loader.state()},
+                rank=self.world.rank,
+                ranks=self.world.size,
+                barrier=barrier,
+                keep=self.recipe.checkpoint.keep,
+            )
+        except CheckpointError as fault:
+            barrier(fault)  # where the ranks that could write theirs are waiting
+            raise
         self._record({"kind": "checkpoint", "step": self.step, "path": str(path.relative_to(self.folder))})
         self.report_started += time.perf_counter() - paused
 
@@ -164,7 +182,7 @@ class Run:
         with self.world.together(CheckpointError, DataError):
             state, tensors = open_state(folder)
             self.loader.restore(state["loader"])
-        engines.restore(self.engine, tensors.__getitem__, step=state["step"])
+        engines.restore(self.engine, tensors.read, step=state["step"])
         say(f"continuing after step {state['step']} from {folder}")
         return int(state["step"])
 

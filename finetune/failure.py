@@ -1,0 +1,54 @@
+"""How a command fails: a mistake of the user is told in one sentence; what is our fault is kept with its traceback."""
+
+import json
+import os
+import platform
+import socket
+import sys
+import time
+import traceback
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+from finetune.run_folder import write_whole
+
+# DeepSpeed's launcher ends every rank as soon as one has ended; a rank that left before rank 0 spoke would silence it.
+SECONDS_TO_SPEAK = 20
+LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "safetensors", "numpy")
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether this error is one of ours, whose message is the whole story; others are bugs and keep their traceback."""
+    return isinstance(error, ValueError) and type(error).__module__.startswith(("finetune.", "data.", "monitoring."))
+
+
+def tell(error: ValueError) -> None:
+    """Print, once, a mistake that every rank has found; returns on the other ranks when rank 0 has had time to."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"nextune: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_TO_SPEAK)
+
+
+def record_crash(folder: Path, error: Exception, *, rank: int, step: int | None) -> None:
+    """Write `crash/rankR.json` into a run folder: what ended this rank, where, at which step, with which libraries.
+
+    A disk that refuses it is passed over, so that the error itself stays the last word.
+
+    Args:
+        step: the optimizer step that was being taken; None before the first.
+    """
+    facts = {
+        "time": time.time(),
+        "rank": rank,
+        "host": socket.gethostname(),
+        "step": step,
+        "exception": f"{type(error).__name__}: {error}",
+        "traceback": traceback.format_exception(error),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}},
+    }
+    with suppress(OSError):
+        crash = folder / "crash"
+        crash.mkdir(parents=True, exist_ok=True)
+        write_whole(crash / f"rank{rank}.json", json.dumps(facts, indent=1) + "\n")
