@@ -110,8 +110,10 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Ten
     if name.endswith("conv1d.weight"):
         return 0.4 * normal
     if len(shape) == 1 or name.endswith("embed_tokens.weight"):
-        return 0.3 * normal
+        return (0.3 if len(shape) == 1 else 0.12) * normal
     # What writes to the residual stream is as small as the embedding: a later layer that drowned the earlier ones would
     # also blow up float32 rounding, and parity could not be asked for to 2e-5.
     writes = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj"))
-    return normal * (0.3 if writes else 1) / math.sqrt(shape[-1])
+    # Logits have a spread of about 0.6; with more of it their rounding would grow past 2e-5 too, in transformers first.
+    gain = 0.12 if writes else 0.6 if name.endswith("lm_head.weight") else 1
+    return normal * gain / math.sqrt(shape[-1])

@@ -37,8 +37,14 @@ class GatedAttention(nn.Module):
         value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         query = rotate(self.q_norm(query).transpose(1, 2), cos, sin)  # (batch, heads, time, dim)
         key = rotate(key.transpose(1, 2), cos, sin)
+        value = value.transpose(1, 2)
+        if mask is not None:
+            # Only cuDNN takes a mask together with grouped keys, and not at every head size; the kernel that all other
+            # GPUs would fall back to keeps every score. With equal heads the memory-efficient kernel serves.
+            group = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         out = F.scaled_dot_product_attention(
-            query, key, value.transpose(1, 2), attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None
         )
         return self.o_proj((out.transpose(1, 2) * gate.sigmoid()).flatten(-2))
 
@@ -49,6 +55,9 @@ def document_mask(segment_ids: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch
     return same.tril().unsqueeze(1)
 
 
-def is_one_document(segment_ids: Int[Tensor, "batch time"]) -> bool:
-    """Whether every sequence is a single document, so that plain causal attention serves. One host synchronisation."""
-    return bool((segment_ids == segment_ids[:, :1]).all())
+def is_one_document(segment_ids: Int[Tensor, "batch time"], padding: int) -> bool:
+    """Whether every sequence is a single document, so that plain causal attention serves. One host synchronisation.
+
+    Padding may follow the document: no token looks ahead to it, and what it computes is read by nobody.
+    """
+    return bool(((segment_ids == segment_ids[:, :1]) | (segment_ids == padding)).all())

@@ -73,10 +73,11 @@ def chunked_gated_delta_rule(
     last = segment[..., -1:]  # the document that leaves each chunk
     entering = F.pad(last[:, :, :-1], (0, 0, 1, 0), value=-3)  # the document that enters it; none before the first
 
-    total = log_decay.cumsum(-1)  # decay from the chunk's start up to and including each token
-    later = torch.ones(chunk_tokens, chunk_tokens, dtype=torch.bool, device=query.device).triu(1)
-    apart = (segment.unsqueeze(-1) != segment.unsqueeze(-2)) | later
-    between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(apart, -torch.inf).exp()
+    reaches = (segment.unsqueeze(-1) == segment.unsqueeze(-2)).tril()  # (batch, 1, chunks, chunk, chunk)
+    # Decay of the token's own document within the chunk, up to and including the token. Not a cumulative sum over the
+    # chunk: its differences are the same but for rounding, and the rounding would cross from document to document.
+    total = (reaches.to(log_decay.dtype) @ log_decay.unsqueeze(-1)).squeeze(-1)
+    between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~reaches, -torch.inf).exp()
     since_start = total.exp() * (segment == entering)
     until_end = (total[..., -1:] - total).masked_fill(segment != last, -torch.inf).exp()
     survives = (total[..., -1].exp() * (last == entering)[..., 0])[..., None, None]

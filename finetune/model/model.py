@@ -102,8 +102,7 @@ class HybridMoEForCausalLM(nn.Module):
         self.recompute = False
         self.model = Decoder(config, len(self.local_experts))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie()
 
     def forward(
         self,
@@ -112,7 +111,7 @@ class HybridMoEForCausalLM(nn.Module):
         position_ids: Int[Tensor, "batch time"] | None = None,
         labels: Int[Tensor, "batch time"] | None = None,
     ) -> Output:
-        """Logits, or with labels the summed loss; and the routing of every layer.
+        """Logits, or with labels the summed loss; and the routing of every layer. `route` gives the routing alone.
 
         Args:
             segment_ids: document of each position, contiguous; -1 is padding, which is never routed. Documents are
@@ -120,6 +119,24 @@ class HybridMoEForCausalLM(nn.Module):
             position_ids: position in the document; counted from the segment ids by default.
             labels: the token that each position must predict (already shifted), or -100.
         """
+        x, routings = self._decode(input_ids, segment_ids, position_ids)
+        if labels is None:
+            return Output(self.lm_head(x), None, None, routings)
+        loss_sum, token_count = token_loss_sum(x, self.lm_head.weight, labels)
+        return Output(None, loss_sum, token_count, routings)
+
+    def route(self, input_ids: Int[Tensor, "batch time"], segment_ids: Int[Tensor, "batch time"]) -> dict[int, Routing]:
+        """The routing of every layer, as `forward` gives it, without the cost and the memory of logits."""
+        return self._decode(input_ids, segment_ids, None)[1]
+
+    def tie(self) -> None:
+        """Make the head use the embedding's weight where the configuration says so; again after either was replaced."""
+        if self.settings.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _decode(
+        self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Tensor, dict[int, Routing]]:
         x = self.model.embed_tokens(input_ids)
         layout = self._layout(x, segment_ids, position_ids)
         routings = {}
@@ -130,11 +147,7 @@ class HybridMoEForCausalLM(nn.Module):
                 x, routing = block(x, layout)
             if routing is not None:
                 routings[layer] = routing
-        x = self.model.norm(x)
-        if labels is None:
-            return Output(self.lm_head(x), None, None, routings)
-        loss_sum, token_count = token_loss_sum(x, self.lm_head.weight, labels)
-        return Output(None, loss_sum, token_count, routings)
+        return self.model.norm(x), routings
 
     def _layout(self, x: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None) -> Layout:
         batch, time = x.shape[:2]
@@ -142,7 +155,7 @@ class HybridMoEForCausalLM(nn.Module):
         if segment_ids is None:
             segment_ids = torch.zeros(batch, time, dtype=torch.long, device=x.device)
         else:
-            if not is_one_document(segment_ids):
+            if not is_one_document(segment_ids, PADDING):
                 mask = document_mask(segment_ids)
             if bool((segment_ids == PADDING).any()):
                 tokens = (segment_ids.flatten() != PADDING).nonzero().squeeze(-1)
