@@ -56,7 +56,10 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
         say: tells the user what is being done; on rank 0 only.
     """
     config = ModelConfig.from_folder(folder)
-    with world.together(DataError):
+    with world.together(DataError):  # one rank builds, so that bad data is told after one reading, not after one a rank
+        if world.is_main:
+            datasets(recipe, load_tokenizer(folder))
+    with world.together(DataError):  # the others open what it built, or build where they share no disk with it
         train, held_out = datasets(recipe, load_tokenizer(folder))
         _check_amount(train, recipe)
     say(f"training data: {describe(train)}")
@@ -159,7 +162,7 @@ def datasets(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | N
 
 def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say: Say) -> HybridMoEForCausalLM:
     dtype = dtype_of(recipe, world.device)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=True):  # without buffers it would untie the head from the embedding
         model = HybridMoEForCausalLM(config, world.experts(config.num_experts))
     with world.together(CheckpointError, KernelError, RecipeError):
         compute, chosen = choose(
@@ -173,6 +176,7 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
             load_weights(model, folder, dtype, world.device)
         else:
             model.to_empty(device=world.device).to(dtype)
+            model.tie()
             initialise(model, recipe.train.seed)
     for module in model.modules():
         if isinstance(module, Experts):

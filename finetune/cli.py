@@ -40,10 +40,9 @@ def train(options: argparse.Namespace) -> int:
 def ranks(options: argparse.Namespace) -> int:
     """Print how many ranks to start on this machine."""
     recipe = _recipe(options)
-    import torch
+    from finetune.launch import print_ranks
 
-    print(torch.cuda.device_count() or recipe.parallel.ranks)
-    return 0
+    return print_ranks(recipe)
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -123,8 +122,10 @@ def _parser() -> argparse.ArgumentParser:
         if command is train:
             sub.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
         if command is plan:
-            sub.add_argument("--ranks", type=int, help="plan for so many ranks, not for this machine")
-            sub.add_argument("--device-gib", type=float, help="plan for GPUs with so much memory, not for this machine")
+            sub.add_argument("--ranks", type=_positive(int), help="plan for so many ranks, not for this machine")
+            sub.add_argument(
+                "--device-gib", type=_positive(float), help="plan for GPUs with so much memory, not for this machine"
+            )
         if command is data:
             sub.add_argument("--show", type=int, default=1, metavar="N", help="how many sequences")
     for command in (export, summary):
@@ -135,6 +136,16 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--format", choices=("merged", "adapter"), required=True)
     _add(commands, keys)
     return parser
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return number
 
 
 def _add(

@@ -98,15 +98,46 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
 
 
+def ranks_here(recipe: Recipe, gpus: int) -> int:
+    """How many ranks to start on a machine with so many GPUs: the most that the recipe's experts and batch divide over.
+
+    Without a GPU it is what the recipe says. One rank always serves, since it can hold every expert.
+    """
+    if not gpus:
+        return recipe.parallel.ranks
+    train = recipe.train
+
+    def divides(ranks: int) -> bool:
+        return (
+            ranks % recipe.parallel.expert == 0 and train.global_batch_tokens % (train.micro_batch_tokens * ranks) == 0
+        )
+
+    return next((ranks for ranks in range(gpus, 1, -1) if divides(ranks)), 1)
+
+
+def print_ranks(recipe: Recipe) -> int:
+    """Print how many ranks to start here; on standard error, when GPUs stay unused, that they do."""
+    gpus = torch.cuda.device_count()
+    ranks = ranks_here(recipe, gpus)
+    if ranks < gpus:
+        print(
+            f"using {ranks} of {gpus} GPUs: parallel.expert {recipe.parallel.expert} and the batch sizes of the recipe"
+            " do not divide over more",
+            file=sys.stderr,
+        )
+    print(ranks)
+    return 0
+
+
 def _fit_to_ranks(recipe: Recipe, size: int, say: Say) -> Recipe:
     """The recipe, with the experts on one rank when there is only one; said aloud."""
     if size > 1 or (recipe.parallel.expert == 1 and recipe.parallel.ranks == 1):
         return recipe
     if recipe.parallel.expert > 1 or not torch.cuda.is_available():
         say(
-            f"running on one rank with every expert on it, although the recipe says parallel.ranks"
-            f" {recipe.parallel.ranks} and parallel.expert {recipe.parallel.expert};"
-            f" ./launch.sh or `deepspeed --num_gpus {recipe.parallel.ranks}` starts that many"
+            f"running on one rank with every expert on it, although the recipe says parallel.ranks {recipe.parallel.ranks} and"
+            f" parallel.expert {recipe.parallel.expert}; ./launch.sh or `deepspeed --num_gpus"
+            f" {recipe.parallel.ranks}` starts that many where there are as many GPUs, or none"
         )
     return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"expert": 1})})
 
@@ -119,14 +150,15 @@ def print_plan(recipe: Recipe, *, ranks: int | None, device_gib: float | None) -
         device_gib: memory of each rank's GPU, for planning on a machine that has none.
     """
     config, source = model_config(recipe)
-    planned = plan(config, recipe, _machine(recipe, ranks, device_gib))
+    machine = _machine(recipe, ranks, device_gib)
+    planned = plan(config, _fit_to_ranks(recipe, machine.ranks, print), machine)
     print(render(planned, source), flush=True)
     return 1 if planned.fits is False else 0
 
 
 def _machine(recipe: Recipe, ranks: int | None, device_gib: float | None) -> Machine:
     gpus = torch.cuda.device_count()
-    ranks = ranks or gpus or recipe.parallel.ranks
+    ranks = ranks or ranks_here(recipe, gpus if device_gib is None else 0)
     here = next(place for place in (folder_of(recipe), *folder_of(recipe).parents) if place.exists())
     disk = shutil.disk_usage(here).free
     if device_gib is not None:
@@ -140,7 +172,7 @@ def _machine(recipe: Recipe, ranks: int | None, device_gib: float | None) -> Mac
     device = torch.cuda.get_device_properties(0) if gpus else None
     return Machine(
         ranks=ranks,
-        ranks_per_node=gpus or ranks,
+        ranks_per_node=ranks,
         device_name=device.name if device else "CPU",
         device_bytes=device.total_memory if device else None,
         host_bytes=psutil.virtual_memory().total,

@@ -7,7 +7,7 @@ from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_checkpoint, open_state
 from finetune.checkpoint.weights import resolve_model
 from finetune.evaluation import paired_change
-from finetune.model.config import ModelConfig
+from finetune.planner import model_config
 from finetune.recipe import Recipe, RecipeError, load_recipe
 from monitoring.metrics import read_metrics
 from monitoring.routing import read_snapshot, recorded_drift, routing_measures
@@ -48,7 +48,7 @@ def print_summary(run: Path) -> int:
     snapshots = sorted((run / "routing").glob("step-*.npz"))
     if snapshots:
         snapshot = read_snapshot(snapshots[-1])
-        config = ModelConfig.from_folder(resolve_model(recipe.model.path))
+        config, _ = model_config(recipe)  # not `resolve_model`, which would fetch the weights for it
         kinds = {layer: _KINDS[kind] for layer, kind in enumerate(config.layer_types)}
         last = [record for record in records if record["kind"] == "routing" and record["step"] == snapshot.step]
         drift = recorded_drift(last[-1]) if last else []

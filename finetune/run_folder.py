@@ -10,10 +10,12 @@ from filelock import FileLock, Timeout
 
 from finetune.recipe import Recipe, RecipeError, dump, load_recipe
 
-# What may change between two starts of one run: how long, how often it reports and saves, and how it is laid out.
+# What may change between two starts of one run: how long, how often it reports and saves, how it is laid out; and the
+# step sizes and router losses that a finding may advise to change. The rest would make it another run.
 FREE = (
     *("train.steps", "train.log_every_steps", "train.eval_every_steps", "train.recompute", "train.micro_batch_tokens"),
     *("checkpoint.", "monitor.", "parallel.", "kernels.", "data.cache", "output."),
+    *("optim.lr", "optim.clip_norm", "router.balance.", "router.z_coefficient"),
 )
 
 SECONDS_TO_WAIT = 5  # for a process that is about to end: the same command may follow a killed one at once

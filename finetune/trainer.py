@@ -12,6 +12,7 @@ import torch
 from data.sources import DataError
 from finetune import engine as engines
 from finetune.assembly import Say, assemble
+from finetune.checkpoint.folder import fingerprint
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_checkpoint, open_state, write_checkpoint
 from finetune.evaluation import compare_routing, held_out, probe_routing, to_device
@@ -37,6 +38,8 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: Path, base: Path, world: World, say: Say):
         self.recipe, self.folder, self.world = recipe, folder, world
+        self.base = fingerprint(base)
+        self.reasons_to_stop: list[str] = []
         parts = assemble(recipe, base, world, say)
         with world.together(RecipeError):  # only now: a mistake found before leaves no folder behind
             self.claimed = claim(folder, recipe) if world.is_main else None
@@ -48,14 +51,18 @@ class Run:
         self.base_routing = probe_routing(self.model, self.probe) if recipe.monitor.drift_every_steps else None
         self.step = self._resume(say)
         self.health = Health()
-        with world.together(MonitoringError):
-            self.sinks = self._open_sinks()
+        self.sinks = self._open_sinks(say)
         self.report_started = time.perf_counter()
         self.grad_norm = 0.0
-        self.reasons_to_stop: list[str] = []
 
     def train(self) -> None:
         """Train to the last step, reporting, evaluating and saving on the way. Collective."""
+        try:
+            self._train()
+        finally:
+            self.sinks.close()
+
+    def _train(self) -> None:
         recipe = self.recipe
         self._record({"kind": "start", "step": self.step, "ranks": self.world.size, "expert": self.world.expert_size})
         if self.step == 0:
@@ -73,7 +80,6 @@ class Run:
             if self._due(recipe.checkpoint.every_steps):
                 self._save()
         self._record({"kind": "end", "step": self.step})
-        self.sinks.close()
         if self.world.is_main:
             mark_finished(self.folder, {"step": self.step})
         self.world.barrier()
@@ -146,8 +152,18 @@ class Run:
         self.report_started += time.perf_counter() - paused
 
     def _save(self) -> None:
-        """Write a checkpoint that a run on any number of ranks can go on from. Collective."""
+        """Write a checkpoint that a run on any number of ranks can go on from. Collective.
+
+        Raises:
+            CheckpointError: the disk refused.
+            TrainingError: what would be stored is not finite.
+        """
         paused = time.perf_counter()
+        tensors = engines.training_state(self.engine, self.world)
+        self._refuse_broken(tensors)
+        windows = self.world.sum(self.windows.sums.clone()).cpu()
+        if self.world.is_main:
+            tensors["windows"] = windows
 
         def barrier(fault: CheckpointError | None = None) -> None:
             with self.world.together(CheckpointError):
@@ -158,8 +174,8 @@ class Run:
             path = write_checkpoint(
                 self.folder / "checkpoints",
                 self.step,
-                tensors=engines.training_state(self.engine, self.world),
-                state={"step": self.step, "loader": self.loader.state()},
+                tensors=tensors,
+                state={"step": self.step, "base": self.base, "loader": self.loader.state()},
                 rank=self.world.rank,
                 ranks=self.world.size,
                 barrier=barrier,
@@ -171,6 +187,17 @@ class Run:
         self._record({"kind": "checkpoint", "step": self.step, "path": str(path.relative_to(self.folder))})
         self.report_started += time.perf_counter() - paused
 
+    def _refuse_broken(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep a state that training has broken from replacing one that is whole. Communicates."""
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        first = next((names for names in self.world.gather(broken) if names), None)
+        if first:
+            names = cast(list[str], first)
+            self.reasons_to_stop = [
+                f"{names[0]} and {len(names) - 1} more trained tensors are not finite, nothing saved"
+            ]
+        self._stop_if_told()
+
     def _resume(self, say: Say) -> int:
         """Put in the newest whole checkpoint of this run, if there is one; return the steps taken. Collective."""
         found = newest_checkpoint(self.folder / "checkpoints") if self.world.is_main else None
@@ -181,19 +208,30 @@ class Run:
             return 0
         with self.world.together(CheckpointError, DataError):
             state, tensors = open_state(folder)
+            if state["base"] != self.base:
+                raise CheckpointError(
+                    f"{folder}: belongs to other base weights than {self.recipe.model.path} holds now; put them back,"
+                    " or start a new run under another name"
+                )
             self.loader.restore(state["loader"])
+        if self.world.is_main:  # the sums of all ranks since the last reports; the other ranks start from zero
+            self.windows.sums.copy_(tensors.read("windows"))
         engines.restore(self.engine, tensors.read, step=state["step"])
         say(f"continuing after step {state['step']} from {folder}")
         return int(state["step"])
 
-    def _open_sinks(self) -> Sinks:
+    def _open_sinks(self, say: Say) -> Sinks:
         if not self.world.is_main:
             return Sinks([])
         metrics = self.folder / "metrics.jsonl"
         if self.step and metrics.exists():
-            for record in read_metrics(metrics):
-                if record.get("step", 0) <= self.step:
-                    self.health.check(record)
+            try:
+                for record in read_metrics(metrics):
+                    if record.get("step", 0) <= self.step:
+                        self.health.check(record)
+            except MonitoringError as error:  # watching a run must not keep it from going on
+                say(f"the health rules start without this run's history: {error}")
+                self.health = Health()
         monitor = self.recipe.monitor
         return open_sinks(
             self.folder,
@@ -226,7 +264,6 @@ class Run:
         if not told:
             return
         reasons = next(reasons for reasons in self.world.gather(self.reasons_to_stop) if reasons)
-        self.sinks.close()
         kept, _ = newest_checkpoint(self.folder / "checkpoints")
         raise TrainingError(
             f"step {self.step}: stopped: {'; '.join(reasons)}; "  # type: ignore[arg-type]
