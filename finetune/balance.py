@@ -56,7 +56,10 @@ def router_loss(
 
 def count_rows(routings: Mapping[int, Routing]) -> Tensor:
     """Rows that every expert received from this batch, (layers, experts) int64."""
-    return torch.stack([torch.bincount(r.experts.flatten(), minlength=r.logits.shape[-1]) for r in routings.values()])
+    experts = next(iter(routings.values())).logits.shape[-1]
+    chosen = torch.stack([routing.experts.flatten() for routing in routings.values()])
+    # Not bincount, which waits for a GPU to learn the largest value.
+    return chosen.new_zeros(len(routings), experts).scatter_add(1, chosen, torch.ones_like(chosen))
 
 
 def shares_of_step(counts: Tensor, world: World) -> Tensor:
@@ -73,7 +76,7 @@ def count_ahead(model: HybridMoEForCausalLM, batches: Sequence[Batch]) -> Tensor
     """
     device = batches[0].input_ids.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        counts = [count_rows(model(batch.input_ids, batch.segment_ids).routings) for batch in batches]
+        counts = [count_rows(model.route(batch.input_ids, batch.segment_ids)) for batch in batches]
     return torch.stack(counts).sum(0)
 
 
@@ -91,7 +94,7 @@ def prove_reach(model: HybridMoEForCausalLM, batch: Batch, router: Router, world
     ):
         if coefficient == 0:
             continue
-        routings = model(batch.input_ids, batch.segment_ids).routings
+        routings = model.route(batch.input_ids, batch.segment_ids)
         tokens = world.sum((batch.segment_ids != PADDING).sum().double())
         alone = router.model_copy(
             update={"balance": router.balance.model_copy(update={"coefficient": balance}), "z_coefficient": z}

@@ -135,7 +135,7 @@ def restore(engine: ExpertEngine, read: Callable[[str], Tensor], *, step: int) -
     """
     for state, partition in _partitions(engine):
         state[partition] = {
-            "step": torch.tensor(float(step)),
+            "step": torch.tensor(float(step), device=partition.device),  # where the fused AdamW expects it
             **{moment: torch.zeros_like(partition) for moment in MOMENTS},
         }
     _link_moments(engine)
@@ -161,10 +161,9 @@ def _trainable(engine: ExpertEngine) -> Iterator[tuple[str, nn.Parameter]]:
 def _link_moments(engine: ExpertEngine) -> None:
     """Connect each parameter to its slice of the moments.
 
-    DeepSpeed 0.19.8 does so after the first group's step only, and then cannot find those of the other groups.
+    DeepSpeed 0.19.8 does so once, in the first step: in most cases while only the first group has moments, and never
+    for moments that were put in before a step.
     """
-    if isinstance(engine.optimizer, BF16_Optimizer):  # ZeRO-1 in bfloat16; links every group by itself
-        return
     engine.optimizer._hp_optimizer_states_linked = False
     engine.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -41,10 +41,10 @@ def held_out(model: HybridMoEForCausalLM, batches: Sequence[Batch], world: World
 def paired_change(
     before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]
 ) -> tuple[float, float] | None:
-    """Change of the mean loss from `before` to `after`, and its standard error over the micro-batches.
+    """Change of the mean loss from `before` to `after`, below 0 when it fell, and the standard error of that.
 
-    The error is that of a ratio of sums whose parts are paired (the same tokens before and after), so what makes one
-    micro-batch harder than another cancels. None when the two were not measured on the same micro-batches.
+    The error is that of a ratio of sums over micro-batches whose parts are paired (the same tokens before and after),
+    so what makes one micro-batch harder than another cancels. None when the two were not measured on the same ones.
     """
     if [n for _, n in before] != [n for _, n in after] or len(before) < 2:
         return None
@@ -70,7 +70,7 @@ def probe_routing(model: HybridMoEForCausalLM, batch: Batch) -> ProbedRouting:
     """Routing of the probe tokens by the model as it is now."""
     was_training = model.training
     model.eval()
-    routings = model(batch.input_ids, batch.segment_ids).routings
+    routings = model.route(batch.input_ids, batch.segment_ids)
     model.train(was_training)
     return ProbedRouting(
         torch.stack([r.experts for r in routings.values()]),
@@ -81,7 +81,7 @@ def probe_routing(model: HybridMoEForCausalLM, batch: Batch) -> ProbedRouting:
 
 @dataclass(frozen=True)
 class RoutingComparison:
-    """Probe routing of the base and of the model now, over all ranks, as numpy arrays on the host."""
+    """Probe routing of the base and of the model now, over all ranks, on the host."""
 
     base_counts: Tensor
     counts: Tensor

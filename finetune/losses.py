@@ -43,7 +43,9 @@ def load_share(
 ) -> Float[Tensor, "groups experts"]:
     """Share of each group's rows that every expert received, float32; a group without tokens has zeros."""
     slot = (group.unsqueeze(-1) * num_experts + experts).flatten()
-    counts = torch.bincount(slot, minlength=groups * num_experts).view(groups, num_experts).float()
+    # Not bincount, which waits for a GPU to learn the largest value.
+    counts = slot.new_zeros(groups * num_experts).scatter_add(0, slot, torch.ones_like(slot))
+    counts = counts.view(groups, num_experts).float()
     return counts / counts.sum(-1, keepdim=True).clamp_min(1)
 
 

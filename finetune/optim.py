@@ -7,7 +7,7 @@ from torch import nn
 
 from finetune.recipe import Optim
 
-NOT_DECAYED = ("A_log", "dt_bias", "norm.weight", "layernorm.weight", "embed_tokens.weight")
+NOT_DECAYED = ("A_log", "dt_bias", "norm.weight", "embed_tokens.weight")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -29,8 +29,10 @@ def is_expert_parameter(name: str) -> bool:
 def exchange_over(group: dist.ProcessGroup, x: Float[Tensor, "tokens hidden"], routing: Routing) -> Dispatched:
     """Rows to the ranks of their experts, and back. Three all-to-alls (counts, rows, results), one host wait."""
     order, token = sort_by_expert(routing.experts)
-    experts = routing.logits.shape[-1]
-    sent = torch.bincount(routing.experts.flatten(), minlength=experts).view(group.size(), -1)  # (ranks, local experts)
+    chosen = routing.experts.flatten()
+    # Not bincount, which waits for a GPU to learn the largest value.
+    sent = chosen.new_zeros(routing.logits.shape[-1]).scatter_add(0, chosen, torch.ones_like(chosen))
+    sent = sent.view(group.size(), -1)  # (ranks, local experts)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     outward, inward = torch.stack((sent.sum(1), received.sum(1))).tolist()  # the one host synchronisation of the layer
