@@ -136,8 +136,8 @@ def _fit_to_ranks(recipe: Recipe, size: int, say: Say) -> Recipe:
     if recipe.parallel.expert > 1 or not torch.cuda.is_available():
         say(
             f"running on one rank with every expert on it, although the recipe says parallel.ranks"
-            f" {recipe.parallel.ranks} and parallel.expert {recipe.parallel.expert}; ./launch.sh or `deepspeed --num_gpus"
-            f" {recipe.parallel.ranks}` starts that many where there are as many GPUs, or none"
+            f" {recipe.parallel.ranks} and parallel.expert {recipe.parallel.expert}; ./launch.sh, or `deepspeed"
+            f" --num_gpus {recipe.parallel.ranks}`, starts that many where there are as many GPUs, or none"
         )
     return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"expert": 1})})
 
