@@ -70,7 +70,8 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
     packs, seed = recipe.packs_per_micro_batch, recipe.train.seed
     probe_packs = min(len(train), -(-recipe.monitor.probe_tokens // recipe.train.sequence_tokens))
     probe = _part(probe_batch(train, packs=probe_packs, seed=seed), world)
-    for name, norm in prove_reach(model, probe, recipe.router, world).items():
+    one_micro_batch = Batch(*(tensor[:packs] for tensor in probe))
+    for name, norm in prove_reach(model, one_micro_batch, recipe.router, world).items():
         say(f"proved: the loss of {name} reaches what trains (gradient norm {norm:.3g})")
 
     accumulation = recipe.accumulation(world.size)

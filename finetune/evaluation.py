@@ -66,17 +66,29 @@ class ProbedRouting:
 
 
 @torch.no_grad()
-def probe_routing(model: HybridMoEForCausalLM, batch: Batch) -> ProbedRouting:
-    """Routing of the probe tokens by the model as it is now."""
+def probe_routing(model: HybridMoEForCausalLM, batch: Batch, packs_at_once: int | None = None) -> ProbedRouting:
+    """Routing of the probe tokens by the model as it is now.
+
+    Args:
+        packs_at_once: how many sequences are run at a time, to stay within the memory of a micro-batch; all by default.
+    """
     was_training = model.training
     model.eval()
-    routings = model.route(batch.input_ids, batch.segment_ids)
+    parts = []
+    for ids, segments in zip(
+        *(t.split(packs_at_once or len(t)) for t in (batch.input_ids, batch.segment_ids)), strict=True
+    ):
+        routings = model.route(ids, segments)
+        parts.append(
+            (
+                torch.stack([r.experts for r in routings.values()]),
+                count_rows(routings),
+                torch.stack([r.logits.softmax(-1).sum(0) for r in routings.values()]),
+            )
+        )
     model.train(was_training)
-    return ProbedRouting(
-        torch.stack([r.experts for r in routings.values()]),
-        count_rows(routings),
-        torch.stack([r.logits.softmax(-1).sum(0) for r in routings.values()]),
-    )
+    experts, counts, probabilities = zip(*parts, strict=True)
+    return ProbedRouting(torch.cat(experts, dim=1), torch.stack(counts).sum(0), torch.stack(probabilities).sum(0))
 
 
 @dataclass(frozen=True)

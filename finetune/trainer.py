@@ -15,7 +15,7 @@ from finetune.assembly import Say, assemble
 from finetune.checkpoint.folder import fingerprint
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_checkpoint, open_state, write_checkpoint
-from finetune.evaluation import compare_routing, held_out, probe_routing, to_device
+from finetune.evaluation import ProbedRouting, compare_routing, held_out, probe_routing, to_device
 from finetune.optim import learning_rate
 from finetune.parallel.world import World
 from finetune.recipe import Recipe, RecipeError
@@ -48,7 +48,7 @@ class Run:
         self.layers = self.model.settings.moe_layers
         self.windows = Windows(len(self.layers), self.model.settings.num_experts, world.device)
         # Taken before any trained state is put in: what the base model's routers do with the probe tokens.
-        self.base_routing = probe_routing(self.model, self.probe) if recipe.monitor.drift_every_steps else None
+        self.base_routing = self._probe_routing() if recipe.monitor.drift_every_steps else None
         self.step = self._resume(say)
         self.health = Health()
         self.sinks = self._open_sinks(say)
@@ -127,9 +127,12 @@ class Run:
             "peak_bytes": peak_bytes(self.world.device),
         }
 
+    def _probe_routing(self) -> ProbedRouting:
+        return probe_routing(self.model, self.probe, self.recipe.packs_per_micro_batch)
+
     def _drift(self) -> list[LayerDrift]:
         assert self.base_routing is not None, "drift is due although the base's routing was not taken"
-        both = compare_routing(self.base_routing, probe_routing(self.model, self.probe), self.world)
+        both = compare_routing(self.base_routing, self._probe_routing(), self.world)
         return routing_drift(
             layers=self.layers,
             base_counts=both.base_counts.numpy(),
