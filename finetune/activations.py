@@ -26,6 +26,7 @@ class Setting:
     full_parameter: bool  # inputs of every weight are kept, not only those of adapters
     sequence_tokens: int
     packed: bool  # a mask keeps documents apart in attention
+    expert_adapter_rank: int = 0  # of adapters on the routed experts; 0: none
 
 
 def layer_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[float]:
@@ -59,7 +60,7 @@ def _deltanet(config: ModelConfig, setting: Setting) -> list[float]:
     keys, values = heads * config.linear_key_head_dim, config.value_dim  # keys are repeated for every value head
     channels = 2 * config.key_dim + config.value_dim
     state = heads * config.linear_key_head_dim * config.linear_value_head_dim / DELTA_CHUNK_TOKENS  # one a chunk
-    rule = [keys] * 10 + [values] * 6 + [keys + values] + [heads * DELTA_CHUNK_TOKENS] * 5 + [state]
+    rule = [keys] * 10 + [values] * 6 + [keys + values] + [heads * DELTA_CHUNK_TOKENS] * 6 + [state]
     convolution = [channels] * (config.linear_conv_kernel_dim if setting.full_parameter else 0)
     outside = [channels] + [values] * (3 if setting.full_parameter else 2)
     return [float(FLOAT32 * size) for size in rule + convolution] + [float(weight * size) for size in outside]
@@ -70,14 +71,18 @@ def _attention(config: ModelConfig, setting: Setting) -> list[float]:
     keys, weight, time = config.num_key_value_heads * config.head_dim, setting.weight_bytes, setting.sequence_tokens
     norms = _norm(queries, setting) + _norm(keys, setting)
     mask = [time * weight] if setting.packed else []
-    return [*norms, *[float(weight * queries)] * 4, *[float(weight * keys)] * 2, *map(float, mask)]
+    attended = queries if setting.packed else keys  # beside a mask, keys and values are repeated for every head
+    return [*norms, *[float(weight * queries)] * 4, *[float(weight * attended)] * 2, *map(float, mask)]
 
 
 def _moe(config: ModelConfig, setting: Setting) -> list[float]:
     hidden, top_k, weight = config.hidden_size, config.num_experts_per_tok, setting.weight_bytes
     width, shared = config.moe_intermediate_size, config.shared_expert_intermediate_size
     more = 1 if setting.full_parameter else 0
-    rows = [top_k * hidden] * (2 + more) + [top_k * 2 * width] + [top_k * width] * (1 + more)
+    # The weights of the experts, and the factors that adapt them, both keep what they are multiplied with.
+    by_row = more or bool(setting.expert_adapter_rank)
+    rows = [top_k * hidden] * (2 + by_row) + [top_k * 2 * width] + [top_k * width] * (1 + by_row)
+    rows += [top_k * setting.expert_adapter_rank] * 2
     alone = [hidden] + [shared] * (3 + more)
     router = [FLOAT32 * config.num_experts, 3 * INT64 * top_k, *[FLOAT32 * hidden] * more]
     return [float(weight * size) for size in rows + alone] + [float(size) for size in router]

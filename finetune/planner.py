@@ -54,9 +54,10 @@ class Plan:
     machine: Machine
     weight_bytes: int
     accumulation: int
-    adapter_parameters: int  # of the whole model
-    trained_dense: int  # parameters that train on every rank alike, adapters included
-    trained_experts: int  # of the whole model
+    dense_adapters: int  # parameters of the adapters on linear layers
+    expert_adapters: int  # parameters of the adapters on the routed experts, of the whole model
+    trained_dense: int  # parameters that train on every rank alike, adapters of linear layers included
+    trained_experts: int  # of the whole model: the routed experts, or the adapters on them
     memory: dict[str, int]
     suggestion: str | None  # what would make it fit, when it does not
 
@@ -85,6 +86,12 @@ class Plan:
     def trained(self) -> int:
         """Parameters that train."""
         return self.trained_dense + self.trained_experts
+
+    @property
+    def active_adapters(self) -> int:
+        """Parameters of the adapters that one token passes through."""
+        config = self.config
+        return self.dense_adapters + self.expert_adapters * config.num_experts_per_tok // config.num_experts
 
     @property
     def host_load_bytes(self) -> int:
@@ -119,7 +126,7 @@ class Plan:
         return step_operations(
             self.config,
             self.recipe.train.sequence_tokens,
-            adapter_parameters=self.adapter_parameters,
+            adapter_parameters=self.active_adapters,
             full_parameter=self.recipe.lora is None,
             router_trains=self.recipe.router.train,
         )
@@ -128,7 +135,7 @@ class Plan:
     def recomputed(self) -> float:
         """Operations per token of the forward passes that are done once more."""
         once = recompute_operations(
-            self.config, self.recipe.train.sequence_tokens, adapter_parameters=self.adapter_parameters
+            self.config, self.recipe.train.sequence_tokens, adapter_parameters=self.active_adapters
         )
         balance = self.recipe.router.balance
         counts_ahead = balance.coefficient > 0 and balance.kind == "global" and self.accumulation > 1
@@ -180,38 +187,43 @@ def plan(config: ModelConfig, recipe: Recipe, machine: Machine) -> Plan:
     return replace(made, suggestion=_suggestion(made)) if made.fits is False else made
 
 
-def adapter_parameters(config: ModelConfig, recipe: Recipe) -> int:
-    """Parameters of all adapters: rank x (inputs + outputs) for every adapted matrix.
+def adapter_parameters(config: ModelConfig, recipe: Recipe) -> tuple[int, int]:
+    """Parameters of the adapters on linear layers, and of those on all routed experts.
+
+    An adapter has rank x (inputs + outputs) of them; every expert has one for each of its two matrices.
 
     Raises:
         RecipeError: a target that no layer of this model has.
     """
     if recipe.lora is None:
-        return 0
+        return 0, 0
     sizes = _target_sizes(config)
     absent = [target for target in recipe.lora.targets if not sizes[target]]
     if absent:
         raise RecipeError(f"{recipe.name}: lora.targets: no layer of this model has {', '.join(absent)}; leave it out")
-    return recipe.lora.rank * sum(sizes[target] for target in recipe.lora.targets)
+    everything = recipe.lora.rank * sum(sizes[target] for target in recipe.lora.targets)
+    on_experts = recipe.lora.rank * sizes["experts"] if "experts" in recipe.lora.targets else 0
+    return everything - on_experts, on_experts
 
 
 def _plan(config: ModelConfig, recipe: Recipe, machine: Machine) -> Plan:
     recipe.check_ranks(machine.ranks, config.num_experts)
-    adapters = adapter_parameters(config, recipe)
+    dense_adapters, expert_adapters = adapter_parameters(config, recipe)
     counts = config.parameter_counts()
     experts, dense = counts["experts"], sum(counts.values()) - counts["experts"]
     router = counts["router"] if recipe.router.train else 0
     if recipe.lora is None:
         trained_dense, trained_experts = dense - counts["router"] + router, experts
     else:
-        trained_dense, trained_experts = adapters + router, 0
+        trained_dense, trained_experts = dense_adapters + router, expert_adapters
     made = Plan(
         config=config,
         recipe=recipe,
         machine=machine,
         weight_bytes=weight_bytes(recipe, machine),
         accumulation=recipe.accumulation(machine.ranks),
-        adapter_parameters=adapters,
+        dense_adapters=dense_adapters,
+        expert_adapters=expert_adapters,
         trained_dense=trained_dense,
         trained_experts=trained_experts,
         memory={},
@@ -236,7 +248,7 @@ def _state_bytes(made: Plan, dense: int, experts: int) -> dict[str, int]:
     return {
         "weights, all but experts": made.weight_bytes * dense,
         "weights, experts": made.weight_bytes * experts // expert,
-        "adapters": made.weight_bytes * made.adapter_parameters,
+        "adapters": made.weight_bytes * (made.dense_adapters + made.expert_adapters // expert),
         "float32 copies of what trains": FLOAT32 * shard,
         "AdamW moments": 2 * FLOAT32 * shard,
         "gradients": gradients + made.weight_bytes * min(local, REDUCE_BUCKET),
@@ -246,11 +258,13 @@ def _state_bytes(made: Plan, dense: int, experts: int) -> dict[str, int]:
 def _working_bytes(made: Plan) -> dict[str, int]:
     """What one micro-batch needs on one rank while it is differentiated."""
     config, train, tokens = made.config, made.recipe.train, made.recipe.train.micro_batch_tokens
+    lora = made.recipe.lora
     setting = activations.Setting(
         weight_bytes=made.weight_bytes,
         full_parameter=made.recipe.lora is None,
         sequence_tokens=train.sequence_tokens,
         packed=made.recipe.data.packing == "packed",
+        expert_adapter_rank=lora.rank if lora is not None and "experts" in lora.targets else 0,
     )
     layers = [activations.layer_tensors(config, layer, setting) for layer in range(config.num_hidden_layers)]
     kept = sum(activations.kept_between_layers(config, layer, setting) for layer in range(len(layers)))
@@ -286,6 +300,7 @@ def _target_sizes(config: ModelConfig) -> dict[str, int]:
         "in_proj_ba": linear * (hidden + 2 * config.linear_num_value_heads),
         "out_proj": linear * (config.value_dim + hidden),
         "shared_expert": moe * 3 * (hidden + config.shared_expert_intermediate_size),
+        "experts": moe * config.num_experts * (2 * hidden + 3 * config.moe_intermediate_size),
     }
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,8 +20,9 @@ from finetune.yaml_tree import Mistake, Node, Plain
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert"]
-MIXER_TARGETS: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj")
+MixerTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]
+Target = Literal[MixerTarget, "shared_expert", "experts"]
+MIXER_TARGETS: tuple[MixerTarget, ...] = get_args(MixerTarget)
 
 Tokens = Annotated[int, Field(gt=0, json_schema_extra={"unit": "tokens"})]
 Steps = Annotated[int, Field(gt=0, json_schema_extra={"unit": "steps"})]
@@ -131,10 +132,10 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     """Scale: an adapter adds alpha / rank times the product of its factors."""
     dropout: Fraction = 0.0
-    """Share of an adapter's inputs that is dropped in training."""
+    """Share of an adapter's inputs that is dropped in training; not for the routed experts."""
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = MIXER_TARGETS
-    """Which linear layers: of attention (q_proj k_proj v_proj o_proj), of DeltaNet (in_proj_qkvz in_proj_ba out_proj),
-    of the shared expert (shared_expert)."""
+    """Which layers: of attention (q_proj k_proj v_proj o_proj), of DeltaNet (in_proj_qkvz in_proj_ba out_proj), the
+    shared expert (shared_expert), every routed expert (experts)."""
 
 
 class Balance(Section):

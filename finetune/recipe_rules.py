@@ -40,6 +40,21 @@ def _targets_problem(recipe: "Recipe") -> str | None:
     return f"{', '.join(twice)} is listed twice" if twice else None
 
 
+def _dropout_problem(recipe: "Recipe") -> str | None:
+    if recipe.lora is None or "experts" not in recipe.lora.targets or not recipe.lora.dropout:
+        return None
+    return "adapters of the routed experts have no dropout; set it to 0, or take experts out of lora.targets"
+
+
+def _init_problem(recipe: "Recipe") -> str | None:
+    if recipe.model.init == "random" and (recipe.lora is not None or not recipe.router.train):
+        return (
+            "random weights that do not train would be lost with the run; set lora to null and router.train to true,"
+            " or start from pretrained ones"
+        )
+    return None
+
+
 def _sources_problem(recipe: "Recipe") -> str | None:
     trained = {source.path for source in recipe.data.train}
     both = sorted(trained & {source.path for source in recipe.data.eval})
@@ -83,6 +98,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
         _no_effect("optim", "final_lr_fraction", lambda r: r.optim.schedule == "cosine", "on a constant schedule"),
     ),
     (("lora.targets",), _targets_problem),
+    (("lora.dropout", "lora.targets"), _dropout_problem),
     (
         ("router.balance.kind", "router.balance.coefficient"),
         _no_effect(
@@ -112,6 +128,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
         ("train.eval_every_steps", "data.eval"),
         _no_effect("train", "eval_every_steps", lambda r: bool(r.data.eval), "without data.eval"),
     ),
+    (("model.init", "lora", "router.train"), _init_problem),
     (("data.eval", "data.train"), _sources_problem),
     (("data.over_long", "data.train", "data.eval"), _over_long_problem),
 )

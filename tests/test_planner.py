@@ -85,10 +85,10 @@ def test_mixer_adapters_are_those_of_peft_on_transformers(name: str) -> None:
         model = AutoModelForCausalLM.from_config(Qwen3NextConfig(**values))
         model = inject_adapter_in_model(LoraConfig(r=3, target_modules=list(MIXER_TARGETS)), model)
     adapters = sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
-    assert adapter_parameters(ModelConfig.from_dict(values), recipe_of(lora={"rank": 3})) == adapters > 0
+    assert adapter_parameters(ModelConfig.from_dict(values), recipe_of(lora={"rank": 3})) == (adapters, 0)
 
 
-@pytest.mark.parametrize("target", [*MIXER_TARGETS, "shared_expert"])
+@pytest.mark.parametrize("target", [*MIXER_TARGETS, "shared_expert", "experts"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_target_is_what_training_adapts(name: str, target: str) -> None:
     config = ModelConfig.from_dict(CONFIGS[name])
@@ -96,7 +96,20 @@ def test_every_target_is_what_training_adapts(name: str, target: str) -> None:
         model = HybridMoEForCausalLM(config)
         inject(model, rank=5, alpha=1, dropout=0, targets=(target,), seed=0)
     adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert adapter_parameters(config, recipe_of(lora={"rank": 5, "targets": (target,)})) == adapters > 0
+    expected = (0, adapters) if target == "experts" else (adapters, 0)
+    assert adapter_parameters(config, recipe_of(lora={"rank": 5, "targets": (target,)})) == expected != (0, 0)
+
+
+def test_adapters_on_the_experts_of_the_released_model() -> None:
+    """Counted by hand: 48 layers of 512 experts, on each 2048 -> 2 x 512 and 512 -> 2048."""
+    overrides = "lora.targets=[q_proj, experts]", "lora.rank=16"
+    config = ModelConfig.from_dict(REFERENCE)
+    assert adapter_parameters(config, code(*overrides))[1] == 48 * 512 * 16 * (2048 + 1024 + 512 + 2048)
+    expert_16 = *overrides, "parallel.expert=16", "parallel.ranks=16", "train.global_batch_tokens=1048576"
+    made = plan(config, code(*expert_16), replace(H100, ranks=16))
+    assert made.trained_experts // 16 == 138_412_032
+    assert made.memory["adapters"] == 2 * (made.dense_adapters + 138_412_032)
+    assert made.active_adapters == made.dense_adapters + 48 * 10 * 16 * (2048 + 1024 + 512 + 2048)
 
 
 def test_a_target_that_no_layer_has_is_refused() -> None:
@@ -113,6 +126,9 @@ STATES = {
         lora={"rank": 4}, router={"train": True}, parallel={"ranks": 2, "expert": 2}
     ),
     "adapters-zero-1": recipe_of(lora={"rank": 4}, parallel={"ranks": 2, "zero_stage": 1}),
+    "expert-adapters-expert-2": recipe_of(
+        lora={"rank": 3, "targets": ("o_proj", "experts")}, parallel={"ranks": 2, "expert": 2}
+    ),
     "everything-expert-2": recipe_of(lora=None, router={"train": True}, parallel={"ranks": 2, "expert": 2}),
     "all-but-routers": recipe_of(lora=None, parallel={"ranks": 2}),
 }
@@ -170,7 +186,7 @@ def test_state_of_every_rank_is_what_deepspeed_holds() -> None:
 # Activations, against what torch saves
 
 
-def saved_bytes(config: ModelConfig, setting: Setting, tokens: int) -> int:
+def saved_bytes(config: ModelConfig, setting: Setting, tokens: int, *, rank: int = 4) -> int:
     """Bytes of distinct storages, parameters aside, that the first layer keeps for its backward pass."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[setting.weight_bytes]
     model = HybridMoEForCausalLM(config)
@@ -180,8 +196,11 @@ def saved_bytes(config: ModelConfig, setting: Setting, tokens: int) -> int:
         if isinstance(module, Experts):
             module.compute = experts_grouped
     if not setting.full_parameter:
-        targets = [t for t in MIXER_TARGETS if ("_proj_" in t or t == "out_proj") == model.model.layers[0].is_linear]
-        inject(model, rank=4, alpha=4, dropout=0, targets=targets, seed=0)
+        targets: list[str] = [
+            t for t in MIXER_TARGETS if ("_proj_" in t or t == "out_proj") == model.model.layers[0].is_linear
+        ]
+        targets += ["experts"] if setting.expert_adapter_rank else []
+        inject(model, rank=rank, alpha=4, dropout=0, targets=targets, seed=0)
     x = torch.randn(1, tokens, config.hidden_size).to(dtype).requires_grad_()
     segments = (torch.arange(tokens) // (tokens // 2 if setting.packed else tokens)).unsqueeze(0)
     layout = model._layout(x, segments, None)
@@ -233,6 +252,18 @@ def test_saved_tensors_of_a_layer(mixer: str, weight_bytes: int, full: bool, den
     planned = 256 * sum(layer_tensors(config, 0, setting))
     # Never much too little; in float32 some conversions are free, which the plan does not count on.
     assert 0.97 <= planned / saved_bytes(config, setting, 256) <= (1.03 if weight_bytes == 2 else 1.2)
+
+
+@pytest.mark.parametrize("weight_bytes", [2, 4])
+def test_saved_tensors_of_adapted_experts(weight_bytes: int) -> None:
+    config = ModelConfig.from_dict(tiny_config(**WIDE, layer_types=["linear_attention"]))  # type: ignore[arg-type]
+    setting = Setting(
+        weight_bytes=weight_bytes, full_parameter=False, sequence_tokens=256, packed=False, expert_adapter_rank=8
+    )
+    frozen = replace(setting, expert_adapter_rank=0)
+    planned, before = (256 * sum(layer_tensors(config, 0, kind)) for kind in (setting, frozen))
+    found, without = (saved_bytes(config, kind, 256, rank=8) for kind in (setting, frozen))
+    assert planned - before == found - without > 0
 
 
 def test_what_a_layer_leaves_is_its_output_and_its_routing() -> None:

@@ -195,7 +195,7 @@ def test_unreadable_yaml_names_its_line() -> None:
         (
             "lora: {targets: [q_porj]}\n",
             "x.yaml:4: lora.targets.0: 'q_porj' is not one of q_proj, k_proj, v_proj, o_proj, in_proj_qkvz, in_proj_ba,"
-            " out_proj, shared_expert (did you mean 'q_proj'?)",
+            " out_proj, shared_expert, experts (did you mean 'q_proj'?)",
         ),
         ("parallel: {zero_stage: 3}\n", "x.yaml:4: parallel.zero_stage: 3 is not one of 1, 2"),
         ("optim: {xyzzy: 1}\n", "x.yaml:4: optim.xyzzy: unknown key; known here: "),
@@ -270,6 +270,10 @@ PACK = "train.sequence_tokens=512", "train.micro_batch_tokens=1024"
         ),
         (("lora.targets=[q_proj, k_proj, q_proj]",), "lora.targets: q_proj is listed twice"),
         (
+            ("lora.targets=[q_proj, experts]", "lora.dropout=0.1"),
+            "lora.dropout: adapters of the routed experts have no dropout; set it to 0, or take experts out of",
+        ),
+        (
             ("router.balance.kind=micro",),
             "router.balance.kind: has no effect while router.balance.coefficient is 0",
         ),
@@ -315,6 +319,12 @@ def test_accumulation_and_experts_refuse_what_does_not_divide() -> None:
     recipe.check_ranks(4, num_experts=8)
 
 
+@pytest.mark.parametrize("frozen", ["lora: {rank: 2}\nrouter: {train: true}\n", "lora: null\n"])
+def test_random_weights_that_would_not_be_kept_are_refused(frozen: str) -> None:
+    with pytest.raises(RecipeError, match=r"model\.init: random weights that do not train would be lost with the run"):
+        read(SMALLEST + frozen, "model.init=random", check_paths=False)
+
+
 # Overrides
 
 
@@ -351,6 +361,8 @@ def test_every_key_changes_the_recipe_alike_by_file_and_by_set(key: str) -> None
         "parallel: {ranks: 2}\nrouter: {balance: {coefficient: 1e-3}}\n"
         "monitor: {drift_every_steps: 2}\nlora: {rank: 2}\n"
     )
+    if key == "model.init":  # random weights go with training all of them
+        text = EVAL + "lora: null\nrouter: {train: true}\n"
     dotted = key.replace(".N", ".0")
     before = read(text, check_paths=False)
     by_set = read(text, f"{dotted}={other_value(key)}", check_paths=False)

@@ -8,20 +8,22 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.checkpoint.folder import copy_companions, whole_folder
 from finetune.checkpoint.layout import (
     CheckpointError,
+    Shape,
     Slot,
     is_expert_parameter,
     parameter_shapes,
@@ -37,16 +39,21 @@ from finetune.model.config import ModelConfig
 _REDIRECTED_BY_PEFT = ("gate", "gate_proj", "up_proj", "down_proj")
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.default\.weight::fp32")
+_EXPERT_FACTOR = re.compile(
+    r"(?P<experts>.+\.mlp\.experts)\.lora_(?P<factor>[AB])\.(?P<matrix>\w+)::fp32::(?P<expert>\d+)"
+)
 _WEIGHT = re.compile(r"(?P<parameter>.+)::fp32(?P<expert>::\d+)?")
 
 
 class LoraFactors(NamedTuple):
-    """Low-rank factors by module: the weight of a module grows by alpha / rank * B @ A."""
+    """Low-rank factors: the weight of a module, or one matrix of one expert, grows by alpha / rank * B @ A."""
 
     rank: int
     alpha: float
     dropout: float  # of the training; the merged weights do not depend on it
     modules: dict[str, tuple[Tensor, Tensor]]  # module name in our model -> A (rank, in), B (out, rank); float32
+    # Those of the routed experts, read when asked for: `PARAMETER::EXPERT::A` (rank, in), `::B` (out, rank); float32.
+    experts: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Renamed(Mapping[str, Tensor]):
@@ -70,8 +77,8 @@ def split_trained(
 ) -> tuple[LoraFactors | None, Mapping[str, Tensor]]:
     """The trained weights in a training state: the LoRA factors, and the parameters that were trained themselves.
 
-    The latter are named by parameter, routed experts by `PARAMETER::EXPERT`, and read when asked for. Optimizer state
-    is left out.
+    The latter are named by parameter, routed experts by `PARAMETER::EXPERT`, and read when asked for, as are factors
+    of the routed experts. Optimizer state is left out.
 
     Args:
         tensors: names as the trainer gives them: `PARAMETER::fp32`, for routed experts `PARAMETER::fp32::EXPERT`.
@@ -81,22 +88,27 @@ def split_trained(
     """
     factors: dict[str, dict[str, Tensor]] = {}
     names: dict[str, str] = {}
+    on_experts: dict[str, str] = {}
     for name in tensors:
         if factor := _FACTOR.fullmatch(name):
             factors.setdefault(factor["module"], {})[factor["factor"]] = tensors[name]
+        elif factor := _EXPERT_FACTOR.fullmatch(name):
+            on_experts[f"{factor['experts']}.{factor['matrix']}::{factor['expert']}::{factor['factor']}"] = name
         elif weight := _WEIGHT.fullmatch(name):
             names[weight["parameter"].replace(".base_layer.", ".") + (weight["expert"] or "")] = name
     replaced = Renamed(tensors, names)
-    if not factors:
+    if not factors and not on_experts:
         return None, replaced
     lone = [module for module, pair in factors.items() if pair.keys() != {"A", "B"}]
     if lone:
         raise CheckpointError(f"the training state holds one LoRA factor of two for {listed(lone)}; it is damaged")
     ranks = {pair["A"].shape[0] for pair in factors.values()}
+    for name in list(on_experts)[:1]:  # the others when they are read
+        ranks.add(tensors[on_experts[name]].shape["AB".index(name[-1])])
     if len(ranks) > 1:
         raise CheckpointError(f"the training state mixes LoRA ranks {sorted(ranks)}; one run trains one rank")
     modules = {module: (pair["A"], pair["B"]) for module, pair in factors.items()}
-    return LoraFactors(ranks.pop(), alpha, dropout, modules), replaced
+    return LoraFactors(ranks.pop(), alpha, dropout, modules, Renamed(tensors, on_experts)), replaced
 
 
 def export_merged(base: Path, to: Path, *, adapter: LoraFactors | None, replaced: Mapping[str, Tensor]) -> list[str]:
@@ -128,6 +140,9 @@ def export_adapter(
 ) -> list[str]:
     """Write the LoRA factors as a folder that peft loads on transformers' model; gives the names of adapted modules.
 
+    Factors of the routed experts are written as peft's own on the stacked parameters of transformers' model; engines
+    that store experts one by one may not read them, and want the merged form.
+
     Args:
         base_name: the model that the adapter belongs to, as its users call it: a hub repository or a folder.
 
@@ -144,29 +159,50 @@ def export_adapter(
             f"peft would load the factors of {listed(misplaced)} on the routed experts instead; export with "
             "--format merged"
         )
-    _Trained(ModelConfig.from_folder(base), adapter, replaced)
-    tensors = {}
+    trained = _Trained(ModelConfig.from_folder(base), adapter, replaced)
+    tensors = _expert_tensors(trained)
     for module, (a, b) in adapter.modules.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.detach().cpu().contiguous()
     with whole_folder(to) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        _write_adapter_config(folder, adapter, base_name)
-        read_back = load_file(folder / "adapter_model.safetensors")
-        wrong = [name for name in tensors if name not in read_back or not torch.equal(read_back[name], tensors[name])]
-        targets = LoraConfig.from_pretrained(folder).target_modules
-        if wrong or set(targets or ()) != set(adapter.modules):
+        _write_adapter_config(folder, adapter, trained.adapted_experts, base_name)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as read:
+            stored = set(read.keys())
+            wrong = [name for name in tensors if name not in stored or not read.get_tensor(name).equal(tensors[name])]
+        config = LoraConfig.from_pretrained(folder)
+        targets = {*(config.target_modules or ()), *(config.target_parameters or ())}
+        if wrong or targets != {*adapter.modules, *trained.adapted_experts}:
             raise CheckpointError(f"{to}: does not read back as written ({listed(wrong) or 'targets'}); check the disk")
-    return sorted(adapter.modules)
+    return sorted({*adapter.modules, *(name.rpartition(".")[0] for name in trained.adapted_experts)})
 
 
-def _write_adapter_config(folder: Path, adapter: LoraFactors, base_name: str) -> None:
+def _expert_tensors(trained: "_Trained") -> dict[str, Tensor]:
+    """Factors of the routed experts as peft stores those of stacked parameters.
+
+    A of all experts one below the other; B with the experts innermost. Each parameter has a wrapper of its own: the
+    outer one is of `down_proj`, its `base_layer` the one of `gate_up_proj`.
+
+    Source: `ParamWrapper`, peft 0.21.
+    """
+    tensors = {}
+    for parameter in sorted(trained.adapted_experts):
+        module, _, matrix = parameter.rpartition(".")
+        wrapper = f"base_model.model.{module}" + (".base_layer" if matrix == "gate_up_proj" else "")
+        pairs = [trained.expert_factors(parameter, expert) for expert in range(trained.shapes[parameter][0])]
+        tensors[f"{wrapper}.lora_A.weight"] = torch.cat([a for a, _ in pairs])
+        tensors[f"{wrapper}.lora_B.weight"] = torch.stack([b for _, b in pairs], dim=-1).flatten(1)
+    return tensors
+
+
+def _write_adapter_config(folder: Path, adapter: LoraFactors, parameters: Collection[str], base_name: str) -> None:
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
         lora_dropout=adapter.dropout,
         # Whole names: a suffix such as `out_proj` would also adapt modules that this run did not train.
         target_modules=list(adapter.modules),
+        target_parameters=sorted(parameters) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_name,
         inference_mode=True,
@@ -187,16 +223,30 @@ class _Trained:
             raise CheckpointError("the training state holds no trained weights; there is nothing to export")
         self.replaced = replaced
         self.factors = {f"{module}.weight": pair for module, pair in adapter.modules.items()} if adapter else {}
-        self.scaling = adapter.alpha / adapter.rank if adapter else 0.0
+        self.on_experts = adapter.experts if adapter else {}
+        self.adapted_experts = {name.split("::")[0] for name in self.on_experts}
+        self.rank, self.scaling = (adapter.rank, adapter.alpha / adapter.rank) if adapter else (0, 0.0)
         for name, (a, b) in self.factors.items():
-            product = (b.shape[0], a.shape[1])
             if len(shapes.get(name, ())) != 2:
                 raise CheckpointError(f"LoRA factors for {name.removesuffix('.weight')}: the model has no such matrix")
-            if shapes[name] != product or a.shape[0] != b.shape[1]:
-                raise CheckpointError(
-                    f"LoRA factors of {name}: {list(b.shape)} x {list(a.shape)} does not make {list(shapes[name])}"
-                )
+            _check_product(name, a, b, shapes[name])
+        self._check_expert_factors()
         self._check_replaced()
+
+    def _check_expert_factors(self) -> None:
+        """Where one matrix of one expert of a layer is adapted, both matrices of all of them must be."""
+        layers = {name.rpartition(".")[0] for name in self.adapted_experts}
+        places = {
+            f"{_piece(name, expert)}::{factor}"
+            for name, shape in self.shapes.items()
+            if is_expert_parameter(name) and name.rpartition(".")[0] in layers
+            for expert in range(shape[0])
+            for factor in "AB"
+        }
+        if homeless := sorted(self.on_experts.keys() - places):
+            raise CheckpointError(f"LoRA factors have no place in the model: {listed(homeless)}")
+        if absent := sorted(places - self.on_experts.keys()):
+            raise CheckpointError(f"LoRA factors of experts are missing from the training state: {listed(absent)}")
 
     def _check_replaced(self) -> None:
         places = {
@@ -214,7 +264,7 @@ class _Trained:
 
     def touches(self, slot: Slot) -> bool:
         """Whether training changed the stored tensor of `slot`."""
-        return slot.parameter in self.factors or self._replaces(slot)
+        return slot.parameter in self.factors or slot.parameter in self.adapted_experts or self._replaces(slot)
 
     def value(self, slot: Slot, stored: Callable[[], Tensor]) -> Tensor:
         """The trained values of a stored tensor, float32.
@@ -232,7 +282,23 @@ class _Trained:
         if slot.parameter in self.factors:
             a, b = self.factors[slot.parameter]
             value = value + self.scaling * (b.float().cpu() @ a.float().cpu())
+        elif slot.parameter in self.adapted_experts:
+            if slot.expert is None:
+                value = torch.stack([whole + self._growth(slot.parameter, e) for e, whole in enumerate(value)])
+            else:
+                growth = self._growth(slot.parameter, slot.expert)
+                value = value + (growth if slot.rows is None else growth[slot.rows])
         return value
+
+    def expert_factors(self, parameter: str, expert: int) -> tuple[Tensor, Tensor]:
+        """A and B of one matrix of one expert, float32."""
+        a, b = (self.on_experts[f"{_piece(parameter, expert)}::{factor}"].float().cpu() for factor in "AB")
+        _check_product(_piece(parameter, expert), a, b, self.shapes[parameter][1:], self.rank)
+        return a, b
+
+    def _growth(self, parameter: str, expert: int) -> Tensor:
+        a, b = self.expert_factors(parameter, expert)
+        return self.scaling * (b @ a)
 
     def _replaces(self, slot: Slot) -> bool:
         return _piece(slot.parameter, 0 if slot.fused else slot.expert) in self.replaced
@@ -243,6 +309,12 @@ class _Trained:
         if tuple(value.shape) != shape:
             raise CheckpointError(f"trained {piece}: {list(value.shape)} does not make {list(shape)}")
         return value.float()
+
+
+def _check_product(name: str, a: Tensor, b: Tensor, shape: Shape, rank: int | None = None) -> None:
+    inner = a.shape[0] if rank is None else rank
+    if (tuple(a.shape), tuple(b.shape)) != ((inner, shape[1]), (shape[0], inner)):
+        raise CheckpointError(f"LoRA factors of {name}: {list(b.shape)} x {list(a.shape)} does not make {list(shape)}")
 
 
 def _piece(parameter: str, expert: int | None) -> str:

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from finetune.model.moe import ExpertCompute, experts_in_a_loop
+from finetune.model.moe import ExpertCompute, ExpertFactors, LowRank, experts_in_a_loop
+
+ALIGNMENT_BYTES = 16  # of every row that a grouped product reads
 
 
 class KernelError(ValueError):
@@ -19,14 +21,35 @@ def experts_grouped(
     rows_per_expert: Int[Tensor, " local_experts"],
     gate_up: Float[Tensor, "local_experts two_width hidden"],
     down: Float[Tensor, "local_experts hidden width"],
+    factors: ExpertFactors | None = None,
 ) -> Float[Tensor, "rows hidden"]:
     """`experts_in_a_loop` by torch's grouped matrix product; no host synchronisation.
 
     Rows beyond the last expert do not exist here (rows_per_expert sums to the rows), so none is left uninitialised.
+    Factors of any rank will do: they are filled up with zeros, which adds nothing, to the 16 bytes that the product
+    asks of every row.
     """
     ends = rows_per_expert.cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(rows, gate_up.transpose(-2, -1), offs=ends).chunk(2, dim=-1)
-    return _ContiguousGradient.apply(F.grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends))
+    on_gate_up, on_down = factors or (None, None)
+    gate, up = _product(rows, gate_up, on_gate_up, ends).chunk(2, dim=-1)
+    return _ContiguousGradient.apply(_product(F.silu(gate) * up, down, on_down, ends))
+
+
+def _product(
+    rows: Float[Tensor, "rows inputs"],
+    weight: Float[Tensor, "local_experts outputs inputs"],
+    low_rank: LowRank | None,
+    ends: Int[Tensor, " local_experts"],
+) -> Float[Tensor, "rows outputs"]:
+    """W_e x + B_e (scale * A_e x): never a matrix as large as the experts, forward or backward, beside W itself."""
+    y = F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+    if low_rank is None:
+        return y
+    a, b = low_rank.a, low_rank.b
+    if fill := -a.shape[1] % (ALIGNMENT_BYTES // rows.element_size()):
+        a, b = F.pad(a, (0, 0, 0, fill)), F.pad(b, (0, fill))
+    thin = low_rank.scale * F.grouped_mm(rows, a.transpose(-2, -1), offs=ends)
+    return y + F.grouped_mm(thin, b.transpose(-2, -1), offs=ends)
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -48,7 +71,7 @@ def choose(
     """The function that computes experts, and a sentence that says which and why.
 
     `auto` tries the grouped product at the model's own widths (it refuses rows that are no multiple of 16 bytes), on
-    this device and dtype, forward and backward, and says so if it has to fall back.
+    this device and dtype, with adapters, forward and backward, and says so if it has to fall back.
 
     Raises:
         KernelError: `grouped` was asked for and does not run here.
@@ -74,8 +97,15 @@ def _fault(
     counts = torch.tensor([2, 0, 1], device=device)
     gate_up = torch.ones(3, 2 * width, hidden, device=device, dtype=dtype, requires_grad=True)
     down = torch.ones(3, hidden, width, device=device, dtype=dtype, requires_grad=True)
+    factors = ExpertFactors(*(_ones_of_rank_one(weight) for weight in (gate_up, down)))
     try:
-        compute(rows, counts, gate_up, down).sum().backward()
+        compute(rows, counts, gate_up, down, factors).sum().backward()
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return None
+
+
+def _ones_of_rank_one(weight: Tensor) -> LowRank:
+    experts, outputs, inputs = weight.shape
+    a, b = weight.new_ones(experts, 1, inputs), weight.new_ones(experts, outputs, 1)
+    return LowRank(a.requires_grad_(), b.requires_grad_(), 1.0)

@@ -34,8 +34,23 @@ class Dispatched(NamedTuple):
     restore: Callable[[Tensor], Tensor]  # (rows, hidden) -> (tokens, hidden), weighted and summed over top_k
 
 
+class LowRank(NamedTuple):
+    """Factors that adapt one matrix of every local expert: W_e stands for W_e + scale * B_e A_e."""
+
+    a: Float[Tensor, "local_experts rank inputs"]
+    b: Float[Tensor, "local_experts outputs rank"]
+    scale: float
+
+
+class ExpertFactors(NamedTuple):
+    """What adapts the local experts."""
+
+    gate_up: LowRank
+    down: LowRank
+
+
 Exchange = Callable[[Tensor, Routing], Dispatched]
-ExpertCompute = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ExpertCompute = Callable[[Tensor, Tensor, Tensor, Tensor, ExpertFactors | None], Tensor]
 
 
 def exchange_locally(x: Float[Tensor, "tokens hidden"], routing: Routing) -> Dispatched:
@@ -64,15 +79,27 @@ def experts_in_a_loop(
     rows_per_expert: Int[Tensor, " local_experts"],
     gate_up: Float[Tensor, "local_experts two_width hidden"],
     down: Float[Tensor, "local_experts hidden width"],
+    factors: ExpertFactors | None = None,
 ) -> Float[Tensor, "rows hidden"]:
     """down_e(silu(gate_e x) * up_e x) for rows sorted by expert, one expert after the other. The definition.
 
     Every expert is touched, rows or none, so that every rank builds the same graph. One host synchronisation.
+
+    Args:
+        factors: of the adapted experts, whose products W_e x become W_e x + scale * B_e (A_e x).
     """
+
+    def product(x: Tensor, expert: int, weight: Tensor, low_rank: LowRank | None) -> Tensor:
+        y = F.linear(x, weight[expert])
+        if low_rank is None:
+            return y
+        return y + low_rank.scale * F.linear(F.linear(x, low_rank.a[expert]), low_rank.b[expert])
+
+    on_gate_up, on_down = factors or (None, None)
     out = []
     for expert, x in enumerate(rows.split(rows_per_expert.tolist())):
-        gate, up = F.linear(x, gate_up[expert]).chunk(2, dim=-1)
-        out.append(F.linear(F.silu(gate) * up, down[expert]))
+        gate, up = product(x, expert, gate_up, on_gate_up).chunk(2, dim=-1)
+        out.append(product(F.silu(gate) * up, expert, down, on_down))
     return torch.cat(out)
 
 
@@ -97,18 +124,42 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Gated MLPs of the local experts, stacked in two tensors; `compute` is the definition or a kernel equal to it."""
+    """Gated MLPs of the local experts, stacked in two tensors; `compute` is the definition or a kernel equal to it.
+
+    `adapt` adds low-rank factors under the names of the two tensors, `lora_A.gate_up_proj` and so on; the tensors
+    themselves stay as they are.
+    """
 
     def __init__(self, hidden: int, width: int, local_experts: int):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(local_experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(local_experts, hidden, width))
         self.compute: ExpertCompute = experts_in_a_loop
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_scale = 0.0
+        self.lora_on = True
+
+    def adapt(self, rank: int, scale: float) -> None:
+        """Add factors of this rank, all zero, in the dtype and on the device of the weights."""
+        self.lora_scale = scale
+        for name in ("gate_up_proj", "down_proj"):
+            weight = self.get_parameter(name)
+            experts, outputs, inputs = weight.shape
+            self.lora_A[name] = nn.Parameter(weight.new_zeros(experts, rank, inputs))
+            self.lora_B[name] = nn.Parameter(weight.new_zeros(experts, outputs, rank))
 
     def forward(
         self, rows: Float[Tensor, "rows hidden"], rows_per_expert: Int[Tensor, " local_experts"]
     ) -> Float[Tensor, "rows hidden"]:
-        return self.compute(rows, rows_per_expert, self.gate_up_proj, self.down_proj)
+        return self.compute(rows, rows_per_expert, self.gate_up_proj, self.down_proj, self._factors())
+
+    def _factors(self) -> ExpertFactors | None:
+        if not self.lora_on or not self.lora_A:
+            return None
+        a, b, scale = self.lora_A, self.lora_B, self.lora_scale
+        return ExpertFactors(
+            LowRank(a["gate_up_proj"], b["gate_up_proj"], scale), LowRank(a["down_proj"], b["down_proj"], scale)
+        )
 
 
 class MoE(nn.Module):
