@@ -17,10 +17,11 @@ from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_checkpoint, open_state, write_checkpoint
 from finetune.evaluation import ProbedRouting, compare_routing, held_out, probe_routing, to_device
 from finetune.optim import learning_rate
-from finetune.parallel.world import World
+from finetune.parallel.world import World, was_launched
 from finetune.recipe import Recipe, RecipeError
 from finetune.run_folder import claim, mark_finished
 from finetune.step import optimize, seed_step
+from finetune.watch import STALL_SECONDS, Watch
 from finetune.window import Totals, Windows
 from monitoring.files import MonitoringError
 from monitoring.health import Health
@@ -39,6 +40,7 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path, base: Path, world: World, say: Say):
         self.recipe, self.folder, self.world = recipe, folder, world
         self.base = fingerprint(base)
+        self.watch = Watch(folder, world.rank, STALL_SECONDS)
         self.reasons_to_stop: list[str] = []
         parts = assemble(recipe, base, world, say)
         with world.together(RecipeError):  # only now: a mistake found before leaves no folder behind
@@ -57,9 +59,11 @@ class Run:
 
     def train(self) -> None:
         """Train to the last step, reporting, evaluating and saving on the way. Collective."""
+        self.watch.begin(launched=was_launched())
         try:
             self._train()
         finally:
+            self.watch.end()
             self.sinks.close()
 
     def _train(self) -> None:
@@ -69,6 +73,7 @@ class Run:
             self._evaluate()
         while self.step < recipe.train.steps:
             self.step += 1
+            self.watch.beat()
             lr = learning_rate(self.step, steps=recipe.train.steps, optim=recipe.optim)
             seed_step(recipe.train.seed, self.step, self.world.rank)
             batches = [to_device(batch, self.world.device) for batch in self.loader.next_step()]
@@ -77,12 +82,25 @@ class Run:
             self._report(lr)
             if self._due(recipe.train.eval_every_steps):
                 self._evaluate()
-            if self._due(recipe.checkpoint.every_steps):
+            stopping = self._asked_to_stop()
+            if stopping or self._due(recipe.checkpoint.every_steps):
                 self._save()
+            if stopping and self.step < recipe.train.steps:
+                self._record(
+                    {"kind": "action", "step": self.step, "message": f"{stopping}: saved and stopped, resumable"}
+                )
+                return
         self._record({"kind": "end", "step": self.step})
         if self.world.is_main:
             mark_finished(self.folder, {"step": self.step})
         self.world.barrier()
+
+    def _asked_to_stop(self) -> str | None:
+        """Why this run is to end in order now, if any rank has been told so. One number is communicated."""
+        asked = torch.tensor(float(self.watch.asked_to_stop is not None), device=self.world.device)
+        if not self.world.sum(asked):
+            return None
+        return cast(str, next(reason for reason in self.world.gather(self.watch.asked_to_stop) if reason))
 
     def _due(self, every: int) -> bool:
         """Whether something done every so many steps is due now; after the last step everything is, once."""

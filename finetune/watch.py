@@ -11,12 +11,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STALL_SECONDS = 3600.0  # no step, evaluation or checkpoint takes an hour; a hang in a collective takes for ever
 GUARD_SECONDS = 1.0  # between two looks at the launcher
 
 
@@ -60,6 +62,8 @@ class Watch:
         self._over.set()
         self._stack_file.close()
         self._stack_path.unlink(missing_ok=True)
+        with suppress(OSError):  # another rank's file, or a crash record, is still in it
+            self._stack_path.parent.rmdir()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

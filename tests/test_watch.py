@@ -25,7 +25,7 @@ print("stopping:", watch.asked_to_stop, flush=True)
 if sys.argv[3] == "stubborn":
     time.sleep(60)
 watch.end()
-print(sorted(p.name for p in (Path(sys.argv[1]) / "crash").iterdir()), flush=True)
+print((Path(sys.argv[1]) / "crash").exists(), flush=True)
 """
 # As DeepSpeed's: a runner that starts a launcher that starts the rank, whose output is ours.
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
@@ -49,7 +49,7 @@ def test_a_signal_is_a_wish_that_the_loop_grants(tmp_path: Path, number: signal.
     assert first_line(rank) == "ready\n"
     rank.send_signal(number)
     out, _ = rank.communicate(timeout=20)
-    assert out == f"stopping: {number.name}\n[]\n"
+    assert out == f"stopping: {number.name}\nFalse\n"
     assert rank.returncode == 0
 
 

@@ -83,6 +83,11 @@ def read_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def was_launched() -> bool:
+    """Whether DeepSpeed's launcher started this process, so that its death is ours to notice."""
+    return "LOCAL_SIZE" in os.environ
+
+
 def start(expert_size: int) -> World:
     """Join the other ranks and build the expert groups. Collective.
 
