@@ -9,15 +9,27 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from finetune.failure import is_told, tell
 from finetune.recipe import Recipe, load_recipe, resolve
 
 
+class UsageError(ValueError):
+    """Arguments that the command does not take."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are told like all others: in one sentence, by one rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see: {self.prog} --help")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one command; return its exit code."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = options.command
         if command not in (finished, keys):
             _name_accelerator()
@@ -113,7 +125,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m finetune", description="Fine-tune Qwen3-Next models.")
+    parser = _Parser(prog="python -m finetune", description="Fine-tune Qwen3-Next models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (train, ranks, plan, data, finished):
         sub = _add(commands, command)
@@ -149,7 +161,7 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 
 def _add(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", command: Callable[[argparse.Namespace], int]
+    commands: "argparse._SubParsersAction[_Parser]", command: Callable[[argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
     first = (command.__doc__ or "").splitlines()[0]
     sub = commands.add_parser(command.__name__, help=first, description=first)

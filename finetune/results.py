@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from finetune.checkpoint.export import export_adapter, export_merged, split_trained
+from finetune.checkpoint.folder import fingerprint
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_checkpoint, open_state
 from finetune.checkpoint.weights import resolve_model
@@ -27,10 +28,14 @@ def export_run(run: Path, to: Path, *, kind: str) -> int:
         print(sentence)
     if checkpoint is None:
         raise CheckpointError(f"{run}: holds no whole checkpoint to export; train it first")
-    _, tensors = open_state(checkpoint)
+    state, tensors = open_state(checkpoint)
+    base = resolve_model(recipe.model.path)
+    if state["base"] != fingerprint(base):
+        raise CheckpointError(
+            f"{checkpoint}: was trained on other base weights than {base} holds now; put those back to export it"
+        )
     lora = recipe.lora
     adapter, replaced = split_trained(tensors, alpha=lora.alpha if lora else 0.0, dropout=lora.dropout if lora else 0.0)
-    base = resolve_model(recipe.model.path)
     print(f"exporting {checkpoint} on {base} as {kind} to {to}", flush=True)
     if kind == "adapter":
         modules = export_adapter(base, to, adapter=adapter, replaced=replaced, base_name=recipe.model.path)

@@ -1,0 +1,183 @@
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import cli
+from finetune.launch import _share_cores
+from finetune.recipe import RecipeError, load_recipe
+from finetune.run_folder import claim, folder_of, mark_finished
+from tests.commands import ROOT, run
+
+TINY = ("--recipe", str(ROOT / "recipes/tiny.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("command", ["train", "ranks", "plan", "data", "finished", "export", "summary", "keys"])
+def test_every_command_says_what_it_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: python -m finetune {command}")
+    assert re.search(r"\n\n[A-Z][^.]+\.", out), "no sentence"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "the following arguments are required: --recipe"),
+        (["train", "--recipe", "r", "--steps", "3"], "unrecognized arguments: --steps 3"),
+        (["plan", "--recipe", "r", "--ranks", "0"], "argument --ranks: 0 is not above 0"),
+        (["export", "r", "--to", "d", "--format", "gguf"], "invalid choice: 'gguf'"),
+    ],
+)
+def test_a_command_that_cannot_be_read_is_refused(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nextune: ")
+    assert expected in line
+    assert line.endswith(" --help")
+
+
+def test_keys_lists_every_section(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["keys"]) == 0
+    out = capsys.readouterr().out
+    for key in ("train.steps", "optim.lr", "router.balance.coefficient", "monitor.wandb", "output.dir"):
+        assert key in out
+
+
+def test_ranks_is_what_the_recipe_says_where_there_is_no_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cli.main(["ranks", *TINY]) == 0
+    assert capsys.readouterr().out == "2\n"
+
+
+def test_plan_says_whether_the_run_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *TINY]) == 0
+    assert "2 ranks" in capsys.readouterr().out
+    assert cli.main(["plan", "--recipe", str(ROOT / "recipes/code.yaml"), "--ranks", "8", "--device-gib", "8"]) == 1
+
+
+def test_data_shows_what_is_trained_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    held_out = f"[{{path: {ROOT}/data/corpus/pairs-heldout.jsonl.gz, format: chat}}]"
+    settings = ("--set", f"data.train={held_out}", "--set", "data.eval=[]", "--set", "train.eval_every_steps=0")
+    assert cli.main(["data", *TINY, *settings, "--set", f"data.cache={tmp_path}", "--show", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "packs of 512 tokens" in out
+    assert re.findall(r"^pack (\d+): ", out, re.MULTILINE) == ["0", "1"]
+    assert "<|im_start|>assistant" in out
+    assert "⟦" in out
+
+
+@pytest.mark.parametrize("written", ["recipes/tiny.yaml", "mine.yaml"])
+def test_a_recipe_is_looked_for_here_and_then_in_the_checkout(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = (ROOT / "recipes/tiny.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(tiny.replace("ranks: 2, expert: 2", "ranks: 4, expert: 2"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["ranks", "--recipe", written]) == 0
+    assert capsys.readouterr().out == {"recipes/tiny.yaml": "2\n", "mine.yaml": "4\n"}[written]
+
+
+def test_a_recipe_that_is_nowhere_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--recipe", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.startswith(f"nextune: {tmp_path}/none.yaml")
+
+
+def test_finished_answers_by_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = f"output.dir={tmp_path}"
+    recipe = load_recipe(ROOT / "recipes/tiny.yaml", [output])
+    folder = folder_of(recipe)
+    arguments = ["finished", *TINY, "--set", output]
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err == f"{folder}: has not finished of 60\n"
+    claim(folder, recipe).release()
+    mark_finished(folder, {"step": 60})
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert cli.main([*arguments, "--set", "train.steps=61"]) == 1
+    assert capsys.readouterr().err == f"{folder}: stands at step 60 of 61\n"
+    assert cli.main([*arguments, "--set", "train.seed=1"]) == 2
+    assert "holds a run of another recipe" in capsys.readouterr().err
+
+
+class OurError(RecipeError):
+    """Stands in for any of our errors."""
+
+
+OurError.__module__ = "data.somewhere"
+
+
+def ends_with(error: Exception) -> Callable[[object], int]:
+    def summary(_: object) -> int:
+        """Only fails."""
+        raise error
+
+    return summary
+
+
+def test_a_mistake_is_told_by_rank_0_and_the_others_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(cli, "summary", ends_with(OurError("rows.jsonl:3: not JSON")))
+    for rank, err in (("0", "nextune: rows.jsonl:3: not JSON\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["summary", "run"]) == 2
+        assert capsys.readouterr().err == err
+    assert len(waited) == 1
+    assert waited[0] >= 10
+
+
+@pytest.mark.parametrize("error", [ValueError("too many values"), KeyError("model"), AssertionError("ours")])
+def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "summary", ends_with(error))
+    with pytest.raises(type(error)):
+        cli.main(["summary", "run"])
+
+
+@pytest.mark.parametrize(
+    ("all_threads", "ranks", "given", "expected"),
+    [(16, "8", None, 2), (2, "2", None, 1), (2, "4", None, 1), (8, None, None, 8), (16, "8", "4", None)],
+)
+def test_ranks_share_the_cores_unless_told_how_many_threads(
+    all_threads: int, ranks: str | None, given: str | None, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: all_threads)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in (("LOCAL_SIZE", ranks), ("OMP_NUM_THREADS", given)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    _share_cores()
+    assert chosen == ([] if expected is None else [expected])
+
+
+def test_the_script_finds_its_own_packages_whatever_lies_around(tmp_path: Path) -> None:
+    """A `data` in the user's folder, and our own folder that Python puts first, must not be imported in their place."""
+    for name in ("data", "monitoring", "finetune"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    wrong = ("--recipe", "recipes/tiny.yaml", "--set", "lora.rank=0")
+    done = run(sys.executable, str(ROOT / "finetune/train.py"), *wrong, cwd=tmp_path, PYTHONPATH=os.fspath(tmp_path))
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "nextune: --set lora.rank=0: lora.rank: must be greater than 0, found 0\n"
