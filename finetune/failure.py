@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune.run_folder import write_whole
 
 # DeepSpeed's launcher ends every rank as soon as one has ended; a rank that left before rank 0 spoke would silence it.
-SECONDS_TO_SPEAK = 20
+SECONDS_TO_SPEAK = 60
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
