@@ -106,13 +106,10 @@ def own_experts(world: World, *, marked: bool, frozen: bool) -> bool:
                 parameter.requires_grad_(not frozen)
                 held[name] = parameter.detach().clone()
 
-    mark = engines.mark_experts
-    if not marked:
-        engines.mark_experts = lambda model, world: None
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if not marked:
+            patch.setattr(engines, "mark_experts", lambda model, world: None)
         engine = engine_of(world, recipe_with(), before_start=note)
-    finally:
-        engines.mark_experts = mark
     return all(torch.equal(engine.module.get_parameter(name).detach(), value) for name, value in held.items())
 
 
@@ -131,9 +128,25 @@ def in_a_loop(model: torch.nn.Module) -> None:
 
 
 def step_with_idle_rank(world: World, compute: Callable[[torch.nn.Module], None]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Rows of every expert, and the state, after a step in which rank 1's experts received nothing."""
-    recipe = recipe_with()
-    engine = engine_of(world, recipe, before_start=lambda model: (route_to_the_first_half(model), compute(model)))
+    """Rows of every expert, and the state, after a step in which rank 1's experts received nothing.
+
+    Gradients are reduced whenever so many have come together. The buckets are so small here that the model fills many
+    of them, as a large model does: a rank that had no gradient for its experts would reduce at other moments than the
+    others, and wait for them for ever.
+    """
+    recipe, config_of = recipe_with(), engines.deepspeed_config
+
+    def config_with_small_buckets(*args: Any, **options: Any) -> dict[str, Any]:
+        config = config_of(*args, **options)
+        return config | {"zero_optimization": config["zero_optimization"] | {"reduce_bucket_size": 6_000}}
+
+    def before_start(model: torch.nn.Module) -> None:
+        route_to_the_first_half(model)
+        compute(model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "deepspeed_config", config_with_small_buckets)
+        engine = engine_of(world, recipe, before_start=before_start)
     batch = batch_of_step(1)
     with torch.no_grad():
         rows = count_rows(engine.module(batch.input_ids, batch.segment_ids).routings)
@@ -254,7 +267,7 @@ def plain() -> dict[str, Any]:
 def two_ranks(plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("state") / "plain.pt"
     torch.save(plain["state"][1], path)
-    return ranks(2, on_two_ranks, path)
+    return ranks(2, on_two_ranks, path, deadline_seconds=240)
 
 
 @pytest.fixture(scope="module")
