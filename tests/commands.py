@@ -117,7 +117,8 @@ def start(*command: str, cwd: Path, **environment_too: str) -> "subprocess.Popen
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     # One thread: two on a machine that is busy with other tests wait for each other more than they compute.
     environment |= {"PATH": f"{BIN}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment |= environment_too
+    # Bytecode beside a test's own files would look like something that the command left behind.
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"} | environment_too
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
