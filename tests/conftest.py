@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; read when triton is imported
+
 # Fills torch.empty and its kin with NaN (integers with their maximum), so that a value nobody wrote fails a test.
 torch.use_deterministic_algorithms(True)
 torch.set_num_threads(1)

@@ -184,7 +184,9 @@ def test_training_equals_one_big_batch_in_plain_torch(layout: Layout) -> None:
     parts = ranks(layout.ranks, train_on_rank, layout)
     found = parts[0]
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
-    assert found["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+    # From the second step on the norm is taken at parameters that differ by rounding: 1e-6 where they are about 0.3.
+    # The curvature of these random models makes that a few 1e-6 of the norm, up to 1.3e-5 on some processors.
+    assert found["norm"] == pytest.approx(expected["norm"], rel=5e-5)
     for ours, theirs in zip(found["rows"], expected["rows"], strict=True):
         assert torch.equal(ours, theirs)
     state = assembled(parts, "fp32")

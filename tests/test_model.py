@@ -28,6 +28,25 @@ def pair(values: dict[str, Any], seed: int = 1) -> tuple[HybridMoEForCausalLM, Q
     return ours, theirs
 
 
+def ids_without_ties(theirs: Qwen3NextForCausalLM, shape: tuple[int, int]) -> torch.Tensor:
+    """Random tokens for which no choice of experts hangs on rounding, which differs between processors.
+
+    Where the last chosen and the first refused expert are closer than five times the tolerance of logits, two right
+    implementations may route a token differently, and nothing behind it can be compared.
+    """
+    for _ in range(100):
+        ids = torch.randint(theirs.config.vocab_size, shape)
+        with torch.no_grad():
+            layers = theirs(ids, use_cache=False, output_router_logits=True).router_logits
+        top_k = theirs.config.num_experts_per_tok
+        ordered = [logits.sort(dim=-1, descending=True).values for logits in layers]
+        if top_k == theirs.config.num_experts or all(
+            (logits[:, top_k - 1] - logits[:, top_k]).min() > 5 * LOGITS_TOLERANCE for logits in ordered
+        ):
+            return ids
+    raise AssertionError("every draw had a tie")
+
+
 def random_model(values: dict[str, Any], seed: int = 1) -> HybridMoEForCausalLM:
     model = HybridMoEForCausalLM(ModelConfig.from_dict(values))
     randomise(model, seed)
@@ -53,7 +72,7 @@ def values(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.mark.parametrize("time", [1, 63, 130])
 def test_logits_equal_transformers(values: dict[str, Any], time: int) -> None:
     ours, theirs = pair(values)
-    ids = torch.randint(values["vocab_size"], (2, time))
+    ids = ids_without_ties(theirs, (2, time))
     with torch.no_grad():
         expected = theirs(ids, use_cache=False).logits
         found = ours(ids).logits
@@ -63,7 +82,7 @@ def test_logits_equal_transformers(values: dict[str, Any], time: int) -> None:
 
 def test_every_parameter_gradient_equals_transformers(values: dict[str, Any]) -> None:
     ours, theirs = pair(values)
-    ids = torch.randint(values["vocab_size"], (2, 70))
+    ids = ids_without_ties(theirs, (2, 70))
     labels = torch.randint(values["vocab_size"], (2, 70)).masked_fill(torch.rand(2, 70) < 0.3, -100)
 
     out = ours(ids, labels=labels)
@@ -79,7 +98,7 @@ def test_every_parameter_gradient_equals_transformers(values: dict[str, Any]) ->
 
 def test_routing_is_the_one_transformers_chose() -> None:
     ours, theirs = pair(CONFIGS["dense-layers"])
-    ids = torch.randint(96, (2, 40))
+    ids = ids_without_ties(theirs, (2, 40))
     with torch.no_grad():
         routings = ours(ids).routings
         logits = theirs(ids, use_cache=False, output_router_logits=True).router_logits
