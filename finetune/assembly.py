@@ -31,7 +31,7 @@ from finetune.model.moe import Experts
 from finetune.parallel.experts import attach
 from finetune.parallel.world import World
 from finetune.recipe import Recipe, RecipeError, resolve
-from finetune.recipe import Source as RecipeSource
+from finetune.recipe_sections import Source as RecipeSource
 
 Say = Callable[[str], None]
 

@@ -15,7 +15,7 @@ from finetune.losses import load_balance, load_share, router_z
 from finetune.model.model import PADDING, HybridMoEForCausalLM
 from finetune.model.moe import Routing
 from finetune.parallel.world import World
-from finetune.recipe import Router
+from finetune.recipe_sections import Router
 
 
 class RouterLossError(ValueError):

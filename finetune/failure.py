@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from finetune.run_folder import write_whole
+from monitoring.files import replace_file
 
 # DeepSpeed's launcher ends every rank as soon as one has ended; a rank that left before rank 0 spoke would silence it.
 SECONDS_TO_SPEAK = 60
@@ -63,6 +63,4 @@ def record_crash(folder: Path, error: Exception, *, rank: int, step: int | None)
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in LIBRARIES}},
     }
     with suppress(OSError):
-        crash = folder / "crash"
-        crash.mkdir(parents=True, exist_ok=True)
-        write_whole(crash / f"rank{rank}.json", json.dumps(facts, indent=1) + "\n")
+        replace_file(folder / "crash" / f"rank{rank}.json", (json.dumps(facts, indent=1) + "\n").encode())

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from finetune.recipe import Optim
+from finetune.recipe_sections import Optim
 
 NOT_DECAYED = ("A_log", "dt_bias", "norm.weight", "embed_tokens.weight")
 

@@ -11,200 +11,32 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from finetune import recipe_rules, wording, yaml_tree
+from finetune.recipe_sections import (
+    Checkpoint,
+    Data,
+    Kernels,
+    Lora,
+    Model,
+    Monitor,
+    Optim,
+    Output,
+    Parallel,
+    Router,
+    Section,
+    Train,
+)
 from finetune.yaml_tree import Mistake, Node, Plain
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-MixerTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]
-Target = Literal[MixerTarget, "shared_expert", "experts"]
-MIXER_TARGETS: tuple[MixerTarget, ...] = get_args(MixerTarget)
-
-Tokens = Annotated[int, Field(gt=0, json_schema_extra={"unit": "tokens"})]
-Steps = Annotated[int, Field(gt=0, json_schema_extra={"unit": "steps"})]
-StepsOrNever = Annotated[int, Field(ge=0, json_schema_extra={"unit": "steps"})]
-Count = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1, json_schema_extra={"unit": "fraction"})]
-Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
-
 
 class RecipeError(ValueError):
     """A recipe that cannot be run: one line for each mistake, with its place, its key and what to do."""
-
-
-class Section(BaseModel):
-    """What all sections share: exact types, no unknown keys, no change after reading."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Model(Section):
-    """The model that is trained."""
-
-    path: Text
-    """Folder of the checkpoint, or the hub id of one (Qwen/Qwen3-Coder-Next)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """Where the weights come from: the checkpoint, or a seeded draw that reads only its config.json and tokenizer."""
-
-
-class Source(Section):
-    """One place that rows come from."""
-
-    path: Text
-    """File or folder of rows, or a glob (rows/**/*.jsonl)."""
-    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """What a row holds; auto tells by its columns."""
-
-
-class Data(Section):
-    """What is trained on, and what is only measured."""
-
-    train: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Sources of the training rows."""
-    eval: tuple[Source, ...] = ()
-    """Sources of the held-out rows."""
-    packing: Literal["packed", "padded"] = "packed"
-    """packed: many documents in a sequence, kept apart exactly; padded: one document in a sequence."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """What to do about a row that cannot be read; skipped rows are counted and reported."""
-    over_long: Literal["drop", "stop"] = "drop"
-    """What to do about a conversation longer than train.sequence_tokens; text is split instead."""
-    cache: Text | None = None
-    """Folder of tokenised data; null is .cache in output.dir."""
-
-
-class Train(Section):
-    """How much is trained, and in what portions."""
-
-    steps: Steps
-    """Optimizer steps of the whole run."""
-    sequence_tokens: Tokens = 4096
-    """Length of a training sequence; no document reaches further."""
-    micro_batch_tokens: Tokens = 4096
-    """What one rank forwards at once: whole sequences."""
-    global_batch_tokens: Tokens = 65536
-    """What one optimizer step is taken on: all ranks and micro-batches, padding included."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Fixes the order of the data, the adapters and every random draw."""
-    recompute: Literal["full", "none"] = "full"
-    """full: each layer is computed again in the backward pass and keeps almost nothing; none: faster, much memory."""
-    eval_every_steps: StepsOrNever = 0
-    """How often the held-out loss is measured; always before the first step and after the last, 0 is only then."""
-    log_every_steps: Steps = 10
-    """How often a line of progress is written; the first and the last step always write one."""
-
-
-class Optim(Section):
-    """AdamW and its schedule."""
-
-    lr: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    """Learning rate at its peak."""
-    warmup_steps: StepsOrNever = 0
-    """Steps over which the learning rate rises to its peak."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """How the learning rate goes on from its peak."""
-    final_lr_fraction: Annotated[float, Field(ge=0, le=1, json_schema_extra={"unit": "fraction"})] = 0.1
-    """Learning rate after the last step, as a fraction of its peak; only for cosine."""
-    weight_decay: Coefficient = 0.0
-    """Decoupled decay of matrices towards zero; norms, biases and decay rates have none."""
-    beta1: Fraction = 0.9
-    """Memory of the gradient's mean."""
-    beta2: Fraction = 0.95
-    """Memory of the gradient's square."""
-    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
-    """Added to the denominator of the update."""
-    clip_norm: Coefficient = 1.0
-    """Largest norm of the whole gradient, over all ranks; 0 is no clipping."""
-
-
-class Lora(Section):
-    """Low-rank adapters on a frozen base."""
-
-    rank: Annotated[int, Field(gt=0, le=4096)] = 16
-    """Inner size of every adapter."""
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
-    """Scale: an adapter adds alpha / rank times the product of its factors."""
-    dropout: Fraction = 0.0
-    """Share of an adapter's inputs that is dropped in training; not for the routed experts."""
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = MIXER_TARGETS
-    """Which layers: of attention (q_proj k_proj v_proj o_proj), of DeltaNet (in_proj_qkvz in_proj_ba out_proj), the
-    shared expert (shared_expert), every routed expert (experts)."""
-
-
-class Balance(Section):
-    """The penalty on uneven load of the experts, per layer."""
-
-    kind: Literal["global", "micro", "sequence"] = "global"
-    """Over which tokens load is even: those of the whole step, of a micro-batch, or of each document."""
-    coefficient: Coefficient = 0.0
-    """Weight of the penalty beside the loss per token; 0 is off."""
-
-
-class Router(Section):
-    """The routers of the experts."""
-
-    train: bool = False
-    """Whether the router weights are trained, beside adapters or in full-parameter training."""
-    balance: Balance = Balance()
-    """The penalty on uneven load of the experts, per layer."""
-    z_coefficient: Coefficient = 0.0
-    """Weight of the penalty on large router logits; 0 is off."""
-
-
-class Parallel(Section):
-    """How the work is divided over processes."""
-
-    ranks: Count = 1
-    """Processes that are started where there is no GPU, and that `plan` assumes; with GPUs there is one for each."""
-    expert: Count = 1
-    """Ranks that share one copy of the experts; divides the ranks and the number of experts."""
-    zero_stage: Literal[1, 2] = 2
-    """What ZeRO divides over the ranks: 1 the optimizer's state, 2 the gradients too."""
-
-
-class Kernels(Section):
-    """Which form of a computation is used where there are several."""
-
-    experts: Literal["auto", "grouped", "loop"] = "auto"
-    """Grouped matrix products, or one expert after the other; auto is grouped wherever it runs."""
-
-
-class Monitor(Section):
-    """What is watched beside the loss."""
-
-    routing_every_steps: StepsOrNever = 10
-    """How often the load of every expert is recorded; 0 is never."""
-    drift_every_steps: StepsOrNever = 0
-    """How often routing is compared with that of the frozen base on the same tokens (LoRA only); 0 is never."""
-    probe_tokens: Tokens = 4096
-    """Tokens on which drift is measured, rounded up to whole sequences."""
-    wandb: Literal["offline", "online", "off"] = "offline"
-    """Whether Weights & Biases records the run: in the run folder, on its server, or not at all."""
-    project: Text = "nextune"
-    """Project of the Weights & Biases run."""
-
-
-class Checkpoint(Section):
-    """What a run can be continued from."""
-
-    every_steps: StepsOrNever = 100
-    """How often one is written; always after the last step, 0 is only then."""
-    keep: Count = 2
-    """How many are kept, the newest."""
-
-
-class Output(Section):
-    """Where results go."""
-
-    dir: Text = "runs"
-    """Folder that holds the run folder; relative to the current folder."""
 
 
 class Recipe(Section):

@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from finetune.recipe import Recipe, RecipeError, dump, load_recipe
+from monitoring.files import replace_file
 
 # What may change between two starts of one run: how long, how often it reports and saves, how it is laid out; and the
 # step sizes and router losses that a finding may advise to change. The rest would make it another run.
@@ -59,7 +60,7 @@ def claim(folder: Path, recipe: Recipe) -> FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = hold(folder)
-        write_whole(folder / "recipe.yaml", dump(recipe))
+        replace_file(folder / "recipe.yaml", dump(recipe).encode())
     except OSError as error:
         raise RecipeError(f"output.dir: {folder} cannot be written ({error.strerror or error})") from None
     return held
@@ -90,7 +91,7 @@ def finished_step(folder: Path) -> int | None:
 
 def mark_finished(folder: Path, facts: Mapping[str, Any]) -> None:
     """Leave the marker that the run ended well, with its closing figures."""
-    write_whole(folder / "finished.json", json.dumps(dict(facts), indent=1))
+    replace_file(folder / "finished.json", json.dumps(dict(facts), indent=1).encode())
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -102,13 +103,3 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file so that a reader sees the old contents or the new, never a part."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

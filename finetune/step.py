@@ -11,7 +11,7 @@ from finetune.balance import count_ahead, count_rows, router_loss, shares_of_ste
 from finetune.engine import ExpertEngine
 from finetune.model.model import PADDING, HybridMoEForCausalLM, Output
 from finetune.parallel.world import World
-from finetune.recipe import Router
+from finetune.recipe_sections import Router
 from finetune.window import Windows
 
 

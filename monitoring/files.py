@@ -1,4 +1,4 @@
-"""Whole files or none: the one way this package replaces a file, and the error for a file it cannot read."""
+"""Whole files or none: the one way a file is replaced anywhere, and the error for a file that cannot be read back."""
 
 import os
 from pathlib import Path
@@ -9,9 +9,12 @@ class MonitoringError(ValueError):
 
 
 def replace_file(path: Path, contents: bytes) -> None:
-    """Put `contents` at `path` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    """Put `contents` at `path` so that a reader, or a crash, sees the old file or the new one and nothing between.
+
+    A process that is killed in between leaves `path.tmp`, which the next write replaces. One process writes a file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f"{path.name}.tmp")
     with beside.open("wb") as file:
         file.write(contents)
         file.flush()

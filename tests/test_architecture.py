@@ -12,10 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path for name in ("finetune", "data", "monitoring") for path in (ROOT / name).rglob("*.py"))
 
 STAGES = ("finetune", "data", "monitoring")
-RECIPE = ("finetune.recipe", "finetune.recipe_rules", "finetune.wording", "finetune.yaml_tree")
+RECIPE = (
+    "finetune.recipe",
+    "finetune.recipe_rules",
+    "finetune.recipe_sections",
+    "finetune.wording",
+    "finetune.yaml_tree",
+)
 PLAN = (
     *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text"),
-    *("finetune.recipe", "finetune.model.config"),
+    *("finetune.recipe", "finetune.recipe_sections", "finetune.model.config"),
 )
 # A file whose path starts with the left side may import nothing whose name starts with a word on the right.
 FORBIDDEN = {
@@ -43,7 +49,7 @@ ALLOWED = {
     "finetune/plan_text.py": PLAN,
     "finetune/model/": ("finetune.model",),
     "finetune/kernels/": ("finetune.model", "finetune.kernels"),
-    "finetune/checkpoint/": ("finetune.model", "finetune.checkpoint"),
+    "finetune/checkpoint/": ("finetune.model", "finetune.checkpoint", "monitoring.files"),
     "finetune/parallel/": ("finetune.model", "finetune.parallel"),
     "data/": ("data",),
     "monitoring/": ("monitoring",),

@@ -14,7 +14,7 @@ from finetune.lora import inject
 from finetune.model import model as models
 from finetune.model.model import PADDING, HybridMoEForCausalLM
 from finetune.parallel.world import World
-from finetune.recipe import MIXER_TARGETS, Balance, Router
+from finetune.recipe_sections import MIXER_TARGETS, Balance, Router
 from finetune.step import token_counts
 from tests.configs import CONFIGS, tiny_config
 from tests.test_model import random_model

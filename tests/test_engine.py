@@ -22,7 +22,8 @@ from finetune.optim import parameter_groups
 from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach, is_expert_parameter
 from finetune.parallel.world import World
-from finetune.recipe import MIXER_TARGETS, Recipe
+from finetune.recipe import Recipe
+from finetune.recipe_sections import MIXER_TARGETS
 from finetune.step import optimize, seed_step, token_counts
 from finetune.window import Windows
 from tests.ranks import ranks

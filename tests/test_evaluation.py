@@ -15,7 +15,7 @@ from finetune.lora import base_model, inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.parallel.world import World
-from finetune.recipe import MIXER_TARGETS
+from finetune.recipe_sections import MIXER_TARGETS
 from monitoring.routing import jensen_shannon_bits, routing_drift
 from tests.configs import CONFIGS, randomise
 from tests.ranks import ranks

@@ -10,7 +10,7 @@ from torch import Tensor
 from finetune.lora import AdapterError, base_model, inject, target_modules
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM, initialise
-from finetune.recipe import MIXER_TARGETS
+from finetune.recipe_sections import MIXER_TARGETS
 from tests.configs import CONFIGS, tiny_config
 from tests.test_model import LOGITS_TOLERANCE, pair, random_model
 

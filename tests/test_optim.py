@@ -12,7 +12,7 @@ from finetune.model.config import ModelConfig
 from finetune.model.layers import GatedRMSNorm, RMSNorm
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.optim import adamw, learning_rate, parameter_groups
-from finetune.recipe import MIXER_TARGETS, Optim
+from finetune.recipe_sections import MIXER_TARGETS, Optim
 from tests.configs import CONFIGS, randomise
 
 SCHEDULES = [

@@ -30,7 +30,8 @@ from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach
 from finetune.plan_text import render
 from finetune.planner import GIB, Machine, Plan, adapter_parameters, model_config, plan
-from finetune.recipe import CHECKOUT, MIXER_TARGETS, Recipe, RecipeError, load_recipe
+from finetune.recipe import CHECKOUT, Recipe, RecipeError, load_recipe
+from finetune.recipe_sections import MIXER_TARGETS
 from finetune.step import optimize
 from tests.configs import CONFIGS, randomise, tiny_config
 from tests.ranks import ranks

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from data import sources
 from finetune import recipe as recipes
-from finetune import wording, yaml_tree
+from finetune import recipe_sections, wording, yaml_tree
 from finetune.recipe import Recipe, RecipeError, dump, json_schema, load_recipe, resolve
 
 SETTINGS = wording.settings_of(json_schema())
@@ -56,8 +56,8 @@ def test_smallest_recipe_takes_its_name_from_the_file_and_the_rest_from_the_defa
     assert (recipe.name, recipe.train.steps, recipe.lora, recipe.optim) == (
         "x",
         100,
-        recipes.Lora(),
-        recipes.Optim(),
+        recipe_sections.Lora(),
+        recipe_sections.Optim(),
     )
 
 
@@ -382,8 +382,8 @@ def test_overrides_reach_into_lists_and_switch_sections_on() -> None:
     text = SMALLEST + "lora: null\n"
     assert read(text).lora is None
     recipe = read(text, "lora.rank=4", "data.train.0={path: rows.jsonl, format: chat}", "train.steps=7")
-    assert recipe.lora == recipes.Lora(rank=4)
-    assert recipe.data.train == (recipes.Source(path="rows.jsonl", format="chat"),)
+    assert recipe.lora == recipe_sections.Lora(rank=4)
+    assert recipe.data.train == (recipe_sections.Source(path="rows.jsonl", format="chat"),)
     assert recipe.train.steps == 7
 
 
@@ -486,7 +486,7 @@ def test_the_schema_for_editors_is_that_of_the_recipe() -> None:
 
 
 def test_source_formats_are_those_of_the_data_package() -> None:
-    assert get_args(recipes.Source.model_fields["format"].annotation) == get_args(sources.Format)
+    assert get_args(recipe_sections.Source.model_fields["format"].annotation) == get_args(sources.Format)
 
 
 def test_reading_a_recipe_does_not_import_torch() -> None:
@@ -497,7 +497,7 @@ def test_reading_a_recipe_does_not_import_torch() -> None:
 def test_every_setting_is_read_somewhere() -> None:
     """Each key appears as `section.key`, or on an argument of the section's type, where a run uses it."""
     read_keys: set[tuple[str, str]] = set()
-    own = {"recipe.py", "recipe_rules.py", "planner.py"}
+    own = {"recipe.py", "recipe_sections.py", "recipe_rules.py", "planner.py"}
     for package in ("finetune", "data", "monitoring"):
         for path in sorted((recipes.CHECKOUT / package).rglob("*.py")):
             if path.name not in own:

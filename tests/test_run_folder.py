@@ -9,7 +9,8 @@ import pytest
 from finetune import run_folder
 from finetune.failure import is_told, record_crash
 from finetune.recipe import Recipe, RecipeError, load_recipe
-from finetune.run_folder import check_folder, claim, finished_step, folder_of, hold, mark_finished, write_whole
+from finetune.run_folder import check_folder, claim, finished_step, folder_of, hold, mark_finished
+from monitoring.files import replace_file
 from tests.commands import ROOT
 
 
@@ -116,15 +117,18 @@ def test_a_run_is_finished_when_its_marker_says_so(tmp_path: Path) -> None:
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "finished.json"
-    write_whole(path, "old")
+    replace_file(path, b"old")
 
     def no_room(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(path, "new and much longer")
+        replace_file(path, b"new and much longer")
     assert path.read_text() == "old"
+    monkeypatch.undo()
+    replace_file(path, b"new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("finished.json", "new")]
 
 
 def test_a_crash_is_written_whole_and_a_disk_that_refuses_it_is_passed_over(tmp_path: Path) -> None:

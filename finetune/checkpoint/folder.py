@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune.checkpoint.layout import CheckpointError
+from monitoring.files import replace_file
 
 # Tells a folder that an earlier, interrupted write left behind from one that happens to have its name.
 _MARKER = ".being-written"
@@ -61,12 +62,8 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` and wait until it is on the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Put `value` at `path`, whole, and wait until it is on the disk."""
+    replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def copy_companions(base: Path, to: Path) -> None:
