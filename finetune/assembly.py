@@ -174,7 +174,7 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
             dtype=dtype,
         )
         if recipe.model.init == "pretrained":
-            load_weights(model, folder, dtype, world.device)
+            load_weights(model, folder, dtype, world.device, say)
         else:
             model.to_empty(device=world.device).to(dtype)
             model.tie()

@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 
 import pytest
@@ -9,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-from finetune.checkpoint import shards, weights
+from finetune.checkpoint import shards
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.weights import from_pretrained, load_weights, resolve_model, save_pretrained
 from finetune.model.config import ModelConfig
@@ -72,31 +71,6 @@ def test_halves_of_the_experts_make_the_whole(fused, released, tmp_path):
     )
     joined = {name: torch.cat([first[name], second[name]]) if ".experts." in name else first[name] for name in whole}
     assert_same_tensors(joined, whole)
-
-
-def test_a_rank_reads_only_its_own_experts(released, monkeypatch):
-    read = []
-
-    class Recording:
-        def __init__(self, path, framework):
-            self.file = safe_open(path, framework)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.file.__exit__(*error)
-
-        def get_tensor(self, name):
-            read.append(name)
-            return self.file.get_tensor(name)
-
-    monkeypatch.setattr(weights, "safe_open", Recording)
-    from_pretrained(released, dtype=torch.float32, experts=range(2, 5))
-    experts = {int(found[1]) for name in read if (found := re.search(r"\.experts\.(\d+)\.", name))}
-    assert experts == {2, 3, 4}
-    assert not any(name.startswith("mtp.") for name in read)
-    assert len(read) == len(set(read))
 
 
 def test_loading_keeps_attributes_and_casts(released):
