@@ -27,6 +27,7 @@ class Setting:
     sequence_tokens: int
     packed: bool  # a mask keeps documents apart in attention
     expert_adapter_rank: int = 0  # of adapters on the routed experts; 0: none
+    router_losses: bool = False  # they read the logits of every layer
 
 
 def layer_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[float]:
@@ -41,7 +42,8 @@ def layer_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[flo
 
 def kept_between_layers(config: ModelConfig, layer: int, setting: Setting) -> float:
     """Bytes per token that a layer leaves even when it is computed again: its output, and what its router said."""
-    routing = FLOAT32 * config.num_experts + config.num_experts_per_tok * (INT64 + setting.weight_bytes)
+    logits = FLOAT32 * config.num_experts if setting.router_losses else 0
+    routing = logits + config.num_experts_per_tok * (INT64 + setting.weight_bytes)
     return config.hidden_size * setting.weight_bytes + (routing if config.is_moe(layer) else 0)
 
 

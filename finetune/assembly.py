@@ -18,7 +18,7 @@ from data.show import describe
 from data.sources import DataError, Source
 from data.tokenizer import Tokenizer, load_tokenizer
 from finetune import engine as engines
-from finetune.balance import prove_reach
+from finetune.balance import prove_reach, reads_logits
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.weights import load_weights
 from finetune.engine import ExpertEngine
@@ -185,6 +185,7 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
     if world.expert_group is not None:
         attach(model, world.expert_group)
     model.recompute = recipe.train.recompute == "full"
+    model.keep_router_logits = reads_logits(recipe.router)
     say(
         f"{sum(config.parameter_counts().values()):,} parameters, "
         + (f"weights from {folder}" if recipe.model.init == "pretrained" else f"drawn with seed {recipe.train.seed}")

@@ -22,6 +22,11 @@ class RouterLossError(ValueError):
     """A router loss that the recipe asks for has no gradient for anything that trains."""
 
 
+def reads_logits(router: Router) -> bool:
+    """Whether a router loss is in use; without one the router's logits need not be kept."""
+    return router.balance.coefficient > 0 or router.z_coefficient > 0
+
+
 def router_loss(
     routings: Mapping[int, Routing],
     segment_ids: Tensor,
@@ -39,9 +44,12 @@ def router_loss(
         step_shares: (layers, experts) shares counted over the step, for `global` balancing.
         step_tokens: tokens of the whole step without padding, all ranks and micro-batches.
     """
-    group, groups = _groups(segment_ids, router.balance.kind)
     total = torch.zeros((), device=segment_ids.device)
+    if not reads_logits(router):
+        return total
+    group, groups = _groups(segment_ids, router.balance.kind, tokens=len(next(iter(routings.values())).experts))
     for place, routing in enumerate(routings.values()):
+        assert routing.logits is not None, "a router loss is in use, but the model kept no router logits"
         if router.balance.coefficient > 0:
             if router.balance.kind == "global":
                 assert step_shares is not None, "global balancing needs shares counted over the step"
@@ -56,10 +64,7 @@ def router_loss(
 
 def count_rows(routings: Mapping[int, Routing]) -> Tensor:
     """Rows that every expert received from this batch, (layers, experts) int64."""
-    experts = next(iter(routings.values())).logits.shape[-1]
-    chosen = torch.stack([routing.experts.flatten() for routing in routings.values()])
-    # Not bincount, which waits for a GPU to learn the largest value.
-    return chosen.new_zeros(len(routings), experts).scatter_add(1, chosen, torch.ones_like(chosen))
+    return torch.stack([routing.rows for routing in routings.values()])
 
 
 def shares_of_step(counts: Tensor, world: World) -> Tensor:
@@ -114,12 +119,14 @@ def prove_reach(model: HybridMoEForCausalLM, batch: Batch, router: Router, world
     return norms
 
 
-def _groups(segment_ids: Tensor, kind: str) -> tuple[Tensor, int]:
-    """For every token that is not padding, the group it is balanced within; and the number of groups."""
+def _groups(segment_ids: Tensor, kind: str, *, tokens: int) -> tuple[Tensor, int]:
+    """For every token that is not padding, the group it is balanced within; and the number of groups.
+
+    Documents are counted by the host, which waits for the device; the other kinds do not.
+    """
     flat = segment_ids.flatten()
-    tokens = flat != PADDING
     if kind != "sequence":
-        return torch.zeros(int(tokens.sum()), dtype=torch.long, device=flat.device), 1
+        return torch.zeros(tokens, dtype=torch.long, device=flat.device), 1
     pack = torch.arange(segment_ids.shape[0], device=flat.device).repeat_interleave(segment_ids.shape[1])
-    _, group = torch.unique(torch.stack((pack, flat))[:, tokens], dim=1, return_inverse=True)
+    _, group = torch.unique(torch.stack((pack, flat))[:, flat != PADDING], dim=1, return_inverse=True)
     return group, int(group.max()) + 1 if group.numel() else 1

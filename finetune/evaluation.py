@@ -83,7 +83,7 @@ def probe_routing(model: HybridMoEForCausalLM, batch: Batch, packs_at_once: int 
             (
                 torch.stack([r.experts for r in routings.values()]),
                 count_rows(routings),
-                torch.stack([r.logits.softmax(-1).sum(0) for r in routings.values()]),
+                torch.stack([r.probability_sum for r in routings.values()]),
             )
         )
     model.train(was_training)

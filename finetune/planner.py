@@ -265,6 +265,7 @@ def _working_bytes(made: Plan) -> dict[str, int]:
         sequence_tokens=train.sequence_tokens,
         packed=made.recipe.data.packing == "packed",
         expert_adapter_rank=lora.rank if lora is not None and "experts" in lora.targets else 0,
+        router_losses=made.recipe.router.balance.coefficient > 0 or made.recipe.router.z_coefficient > 0,
     )
     layers = [activations.layer_tensors(config, layer, setting) for layer in range(config.num_hidden_layers)]
     kept = sum(activations.kept_between_layers(config, layer, setting) for layer in range(len(layers)))

@@ -1,6 +1,5 @@
 """What happened since it was last reported: sums kept on the device, brought to the host once a report."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.packing import Batch
-from finetune.losses import router_z
 from finetune.model.model import PADDING, Output
-from finetune.model.moe import Routing
 from finetune.parallel.world import World
 
 
@@ -56,7 +53,10 @@ class Windows:
         assert output.loss_sum is not None, "a window counts forward passes with labels"
         assert output.token_count is not None, "a window counts forward passes with labels"
         tokens = (batch.segment_ids != PADDING).sum()
-        z, probability = _router_sums(output.routings)
+        routings = output.routings.values()
+        z, probability = (
+            torch.stack(sums) for sums in zip(*((r.z_sum, r.probability_sum) for r in routings), strict=True)
+        )
         head = torch.stack((output.loss_sum.double(), output.token_count.double(), tokens.double()))
         self.sums += torch.cat((head, z, rows.double().flatten(), probability.flatten()))
 
@@ -83,11 +83,3 @@ class Windows:
             rows.astype(np.int64).reshape(table),
             probability.reshape(table),
         )
-
-
-def _router_sums(routings: Mapping[int, Routing]) -> tuple[Tensor, Tensor]:
-    """(layers,) summed router z, and (layers, experts) summed router probabilities of one batch."""
-    layers = list(routings.values())
-    one = torch.ones((), device=layers[0].logits.device)
-    z = torch.stack([router_z(r.logits, one) for r in layers])
-    return z.double(), torch.stack([r.logits.softmax(-1).double().sum(0) for r in layers])

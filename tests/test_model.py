@@ -1,5 +1,6 @@
 """The whole model against transformers' `Qwen3NextForCausalLM`, in float32, with every parameter off its default."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -107,6 +108,23 @@ def test_routing_is_the_one_transformers_chose() -> None:
         torch.testing.assert_close(routing.logits, expected, rtol=0, atol=LOGITS_TOLERANCE)
         assert torch.equal(routing.experts, expected.topk(3).indices)
         torch.testing.assert_close(routing.weights, expected.topk(3).values.softmax(-1))
+        assert routing.rows.tolist() == [int((routing.experts == e).sum()) for e in range(len(routing.rows))]
+        expected = expected.double()
+        torch.testing.assert_close(routing.probability_sum, expected.softmax(-1).sum(0), rtol=0, atol=1e-4)
+        torch.testing.assert_close(routing.z_sum, expected.exp().sum(-1).log().square().sum(), rtol=1e-5, atol=0)
+
+
+def test_logits_of_the_router_are_kept_only_where_a_loss_reads_them() -> None:
+    model = random_model(CONFIGS["base"])
+    ids = torch.randint(90, (2, 9))
+    model.keep_router_logits = False
+    seen: list[Any] = []
+    hook = model.model.layers[0].mlp.gate.register_forward_hook(lambda *done: seen.append(weakref.ref(done[2].logits)))
+    out = model(ids, labels=ids)
+    hook.remove()
+    assert all(routing.logits is None for routing in out.routings.values())
+    assert out.loss_sum.requires_grad  # the graph is alive, and does not hold them either
+    assert seen[0]() is None
 
 
 def test_positions_may_be_given() -> None:

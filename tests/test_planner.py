@@ -274,7 +274,9 @@ def test_what_a_layer_leaves_is_its_output_and_its_routing() -> None:
     x = torch.randn(1, 64, config.hidden_size)
     out, routing = model.model.layers[0](x, model._layout(x, torch.zeros(1, 64, dtype=torch.long), None))
     setting = Setting(weight_bytes=4, full_parameter=False, sequence_tokens=64, packed=False)
-    assert 64 * kept_between_layers(config, 0, setting) == sum(t.numel() * t.itemsize for t in (out, *routing))
+    left = sum(t.numel() * t.itemsize for t in (out, routing.experts, routing.weights))
+    assert 64 * kept_between_layers(config, 0, setting) == left
+    assert 64 * kept_between_layers(config, 0, replace(setting, router_losses=True)) == left + routing.logits.nbytes
 
 
 def test_chunks_are_those_of_the_model() -> None:

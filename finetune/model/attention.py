@@ -55,9 +55,9 @@ def document_mask(segment_ids: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch
     return same.tril().unsqueeze(1)
 
 
-def is_one_document(segment_ids: Int[Tensor, "batch time"], padding: int) -> bool:
-    """Whether every sequence is a single document, so that plain causal attention serves. One host synchronisation.
+def has_several_documents(segment_ids: Int[Tensor, "batch time"], padding: int) -> Int[Tensor, ""]:
+    """How many positions keep plain causal attention from serving: tokens of a sequence's second document and later.
 
     Padding may follow the document: no token looks ahead to it, and what it computes is read by nobody.
     """
-    return bool(((segment_ids == segment_ids[:, :1]) | (segment_ids == padding)).all())
+    return ((segment_ids != segment_ids[:, :1]) & (segment_ids != padding)).sum()

@@ -21,12 +21,12 @@ def token_loss_sum(
     the head, `chunk_tokens` at a time, and their logits are computed again in the backward pass: the most that exists
     is chunk_tokens x vocabulary in float32, not batch x time x vocabulary. One host synchronisation.
     """
-    supervised = labels != IGNORED
-    hidden, targets = hidden[supervised], labels[supervised]
+    supervised = (labels.flatten() != IGNORED).nonzero().squeeze(-1)  # the one host synchronisation
+    hidden, targets = hidden.flatten(0, 1).index_select(0, supervised), labels.flatten()[supervised]
     loss = hidden.new_zeros((), dtype=torch.float32)
     for x, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         loss = loss + checkpoint(_cross_entropy_sum, x, weight, target, use_reentrant=False)
-    return loss, supervised.sum()
+    return loss, (labels != IGNORED).sum()
 
 
 def _cross_entropy_sum(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:

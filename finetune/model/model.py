@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune.model.attention import GatedAttention, document_mask, is_one_document
+from finetune.model.attention import GatedAttention, document_mask, has_several_documents
 from finetune.model.config import ModelConfig
 from finetune.model.deltanet import GatedDeltaNet
 from finetune.model.head import token_loss_sum
@@ -100,6 +100,7 @@ class HybridMoEForCausalLM(nn.Module):
         self.settings = config  # not `config`: peft would take the model for one of transformers' own
         self.local_experts = experts if experts is not None else range(config.num_experts)
         self.recompute = False
+        self.keep_router_logits = True  # what the router losses read
         self.model = Decoder(config, len(self.local_experts))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -146,7 +147,7 @@ class HybridMoEForCausalLM(nn.Module):
             else:
                 x, routing = block(x, layout)
             if routing is not None:
-                routings[layer] = routing
+                routings[layer] = routing if self.keep_router_logits else routing._replace(logits=None)
         return self.model.norm(x), routings
 
     def _layout(self, x: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None) -> Layout:
@@ -155,10 +156,13 @@ class HybridMoEForCausalLM(nn.Module):
         if segment_ids is None:
             segment_ids = torch.zeros(batch, time, dtype=torch.long, device=x.device)
         else:
-            if not is_one_document(segment_ids, PADDING):
+            is_token = segment_ids.flatten() != PADDING
+            several = has_several_documents(segment_ids, PADDING)
+            documents, count = torch.stack((several, is_token.sum())).tolist()  # the one host synchronisation
+            if documents:
                 mask = document_mask(segment_ids)
-            if bool((segment_ids == PADDING).any()):
-                tokens = (segment_ids.flatten() != PADDING).nonzero().squeeze(-1)
+            if count < len(is_token):
+                tokens = torch.nonzero_static(is_token, size=count).squeeze(-1)
         if position_ids is None:
             position_ids = positions_in_segments(segment_ids)
         cos, sin = rotary_table(position_ids, self.settings.rotary_dim, self.settings.rope_theta, x.dtype)

@@ -1,7 +1,7 @@
 """Mixture of experts: the router, the expert weights, and the block that joins them.
 
-Single-device mathematics. Where a row of work is done is decided by `MoE.exchange`, a function that hands rows
-to their experts and returns its own inverse; `parallel/experts.py` provides the one that crosses ranks.
+Single-device mathematics. Where a row of work is done is decided by `MoE.exchange`, a function that sets rows off for
+their experts and hands out its own inverse; `parallel/experts.py` provides the one that crosses ranks.
 
 Source: `Qwen3NextSparseMoeBlock`, transformers 5.23.
 """
@@ -23,7 +23,11 @@ class Routing(NamedTuple):
 
     experts: Int[Tensor, "tokens top_k"]  # chosen expert ids, most probable first
     weights: Float[Tensor, "tokens top_k"]  # share of each chosen expert in the output
-    logits: Float[Tensor, "tokens experts"]  # float32, before softmax; the router losses read them
+    rows: Int[Tensor, " experts"]  # how many tokens chose each expert
+    probability_sum: Float[Tensor, " experts"]  # float64, router probabilities summed over the tokens, no gradient
+    z_sum: Float[Tensor, ""]  # float64, squared log-sum-exp of the logits summed over the tokens, no gradient
+    # float32, before softmax, read by the router losses; None where none is in use, to save the memory
+    logits: Float[Tensor, "tokens experts"] | None
 
 
 class Dispatched(NamedTuple):
@@ -49,15 +53,16 @@ class ExpertFactors(NamedTuple):
     down: LowRank
 
 
-Exchange = Callable[[Tensor, Routing], Dispatched]
+# Sets rows off for their experts; what it returns waits until those for this device have arrived.
+Exchange = Callable[[Tensor, Routing], Callable[[], Dispatched]]
 ExpertCompute = Callable[[Tensor, Tensor, Tensor, Tensor, ExpertFactors | None], Tensor]
 
 
-def exchange_locally(x: Float[Tensor, "tokens hidden"], routing: Routing) -> Dispatched:
+def exchange_locally(x: Float[Tensor, "tokens hidden"], routing: Routing) -> Callable[[], Dispatched]:
     """Every expert is on this device: sort rows by expert, and undo the sort."""
     order, token = sort_by_expert(routing.experts)
-    rows_per_expert = torch.bincount(routing.experts.flatten(), minlength=routing.logits.shape[-1])
-    return Dispatched(x[token], rows_per_expert, lambda rows: combine(rows, order, routing.weights))
+    arrived = Dispatched(x[token], routing.rows, lambda rows: combine(rows, order, routing.weights))
+    return lambda: arrived
 
 
 def sort_by_expert(experts: Int[Tensor, "tokens top_k"]) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
@@ -70,7 +75,7 @@ def combine(
     rows: Float[Tensor, "rows hidden"], order: Int[Tensor, " rows"], weights: Float[Tensor, "tokens top_k"]
 ) -> Float[Tensor, "tokens hidden"]:
     """Put sorted rows back in their slots and take each token's weighted sum."""
-    slots = torch.empty_like(rows).index_copy(0, order, rows).view(*weights.shape, rows.shape[-1])
+    slots = torch.empty_like(rows).index_copy_(0, order, rows).view(*weights.shape, rows.shape[-1])
     return (slots * weights.unsqueeze(-1)).sum(1)
 
 
@@ -117,10 +122,20 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
         logits = F.linear(x.float(), self.weight.float())
-        weights, experts = logits.softmax(-1).topk(self.top_k, dim=-1)
+        probabilities = logits.softmax(-1)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(experts, weights.to(x.dtype), logits)
+        chosen = experts.flatten()
+        return Routing(
+            experts,
+            weights.to(x.dtype),
+            # Not bincount, which waits for a GPU to learn the largest value.
+            rows=chosen.new_zeros(logits.shape[-1]).scatter_add_(0, chosen, torch.ones_like(chosen)),
+            probability_sum=probabilities.detach().sum(0, dtype=torch.float64),
+            z_sum=logits.detach().logsumexp(-1).square().sum(dtype=torch.float64),
+            logits=logits,
+        )
 
 
 class Experts(nn.Module):
@@ -176,7 +191,9 @@ class MoE(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> tuple[Float[Tensor, "tokens hidden"], Routing]:
         routing = self.gate(x)
-        rows, rows_per_expert, restore = self.exchange(x, routing)
-        routed = restore(self.experts(rows, rows_per_expert))
+        arrive = self.exchange(x, routing)
+        # While rows travel; autograd goes back in the opposite order, so that in the backward pass too this is computed
+        # while their gradients do.
         shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
-        return routed + shared, routing
+        rows, rows_per_expert, restore = arrive()
+        return restore(self.experts(rows, rows_per_expert)) + shared, routing

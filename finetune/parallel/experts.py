@@ -1,8 +1,12 @@
 """Expert parallelism: `exchange_locally` across the ranks of one process group, and which parameters it concerns.
 
-Rank r of the group holds experts [r * n, (r + 1) * n). Rows travel to their expert's rank and back in two all-to-alls.
+Rank r of the group holds experts [r * n, (r + 1) * n). Rows travel to their expert's rank and back in two all-to-alls
+whose sizes a third, of a few numbers, tells ahead. All are asynchronous: what is computed between the start of one and
+the wait for it runs while it is under way, in the forward pass and in the backward pass. `docs/expert-parallel.md` says
+what that is.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -26,18 +30,23 @@ def is_expert_parameter(name: str) -> bool:
     return ".mlp.experts." in name
 
 
-def exchange_over(group: dist.ProcessGroup, x: Float[Tensor, "tokens hidden"], routing: Routing) -> Dispatched:
-    """Rows to the ranks of their experts, and back. Three all-to-alls (counts, rows, results), one host wait."""
-    order, token = sort_by_expert(routing.experts)
-    chosen = routing.experts.flatten()
-    # Not bincount, which waits for a GPU to learn the largest value.
-    sent = chosen.new_zeros(routing.logits.shape[-1]).scatter_add(0, chosen, torch.ones_like(chosen))
-    sent = sent.view(group.size(), -1)  # (ranks, local experts)
+def exchange_over(
+    group: dist.ProcessGroup, x: Float[Tensor, "tokens hidden"], routing: Routing
+) -> Callable[[], Dispatched]:
+    """Rows to the ranks of their experts, and back. Three all-to-alls (counts, rows, results), one host wait.
+
+    Returns when the rows are under way; the wait for them is in what it returns.
+    """
+    sent = routing.rows.view(group.size(), -1)  # (ranks, local experts)
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
+    counting = dist.all_to_all_single(received, sent, group=group, async_op=True)
+    order, token = sort_by_expert(routing.experts)
+    leaving = x[token]
+    counting.wait()
     outward, inward = torch.stack((sent.sum(1), received.sum(1))).tolist()  # the one host synchronisation of the layer
 
-    rows = _Swap.apply(x[token], outward, inward, group)
+    way_there, way_back = _Way(group, outward, inward), _Way(group, inward, outward)
+    ticket = _Depart.apply(leaving, way_there)
     # Rows arrive grouped by the rank that sent them; the experts want them grouped by expert.
     local_expert = (
         torch.arange(sent.shape[1], device=x.device)
@@ -47,27 +56,66 @@ def exchange_over(group: dist.ProcessGroup, x: Float[Tensor, "tokens hidden"], r
     by_expert = local_expert.argsort(stable=True)
 
     def restore(rows: Tensor) -> Tensor:
-        rows = torch.empty_like(rows).index_copy(0, by_expert, rows)
-        return combine(_Swap.apply(rows, inward, outward, group), order, routing.weights)
+        rows = torch.empty_like(rows).index_copy_(0, by_expert, rows)
+        returned = _Arrive.apply(_Depart.apply(rows, way_back), way_back)
+        return combine(returned, order, routing.weights)
 
-    return Dispatched(rows[by_expert], received.sum(0), restore)
+    def arrive() -> Dispatched:
+        rows = _Arrive.apply(ticket, way_there)
+        return Dispatched(rows[by_expert], received.sum(0), restore)
+
+    return arrive
 
 
-class _Swap(torch.autograd.Function):
-    """Send `send[r]` rows to each rank r and return the rows received; the gradient travels the other way."""
+class _Way:
+    """An all-to-all of rows in two moves, start and finish, and its reverse; one at a time is under way."""
 
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group  # type: ignore[attr-defined]
+    def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int]):
+        self.group, self.send, self.receive = group, send, receive
+        self._under_way: tuple[dist.Work, Tensor, Tensor] | None = None
+
+    def start(self, rows: Tensor, *, reverse: bool = False) -> None:
+        """Set `send[r]` rows off to each rank r; in reverse, `receive[r]`."""
+        assert self._under_way is None, "rows are under way already"
+        send, receive = (self.receive, self.send) if reverse else (self.send, self.receive)
+        rows = rows.contiguous()
         out = rows.new_empty(sum(receive), rows.shape[1])
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+        work = dist.all_to_all_single(out, rows, receive, send, group=self.group, async_op=True)
+        self._under_way = work, out, rows  # what is sent must live until it has left
+
+    def finish(self) -> Tensor:
+        """The rows received, once they are here. A GPU's stream waits, its host does not."""
+        assert self._under_way is not None, "no rows are under way"
+        work, out, _ = self._under_way
+        work.wait()
+        self._under_way = None
         return out
 
+
+class _Depart(torch.autograd.Function):
+    """Start of a way; its backward is the end of the gradient's. Gives an empty ticket, since there are no rows yet."""
+
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        send, receive, group = ctx.send, ctx.receive, ctx.group  # type: ignore[attr-defined]
-        out = gradient.new_empty(sum(send), gradient.shape[1])
-        dist.all_to_all_single(out, gradient.contiguous(), send, receive, group=group)
-        return out, None, None, None
+    def forward(ctx: FunctionCtx, rows: Tensor, way: _Way) -> Tensor:
+        ctx.way = way  # type: ignore[attr-defined]
+        way.start(rows)
+        return rows.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, _: Tensor) -> tuple[Tensor, None]:
+        gradient: Tensor = ctx.way.finish()  # type: ignore[attr-defined]
+        return gradient, None
+
+
+class _Arrive(torch.autograd.Function):
+    """End of a way; its backward is the start of the gradient's."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, ticket: Tensor, way: _Way) -> Tensor:
+        ctx.way = way  # type: ignore[attr-defined]
+        return way.finish()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.way.start(gradient, reverse=True)  # type: ignore[attr-defined]
+        return gradient.new_empty(0), None
