@@ -93,7 +93,7 @@ def export(options: argparse.Namespace) -> int:
     """Write what a run trained as a folder that other tools load."""
     from finetune.results import export_run
 
-    return export_run(options.run, options.to, kind=options.format)
+    return export_run(options.run, options.to, kind=options.format, which=options.checkpoint)
 
 
 def summary(options: argparse.Namespace) -> int:
@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         if command is export:
             sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
             sub.add_argument("--format", choices=("merged", "adapter"), required=True)
+            sub.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest, best or step-N")
     _add(commands, keys)
     return parser
 

@@ -75,9 +75,10 @@ def _work(plan: Plan) -> list[str]:
 
 
 def _disk(plan: Plan) -> list[str]:
-    keep = plan.recipe.checkpoint.keep
+    checkpoint = plan.recipe.checkpoint
+    kept = f"{checkpoint.keep} kept{', the best' if checkpoint.keep_best else ''} and one being written"
     lines = [
-        f"  disk for checkpoints {_gib(plan.checkpoints_bytes)} GiB ({keep} kept and one being written,"
+        f"  disk for checkpoints {_gib(plan.checkpoints_bytes)} GiB ({kept},"
         f" {_gib(plan.checkpoint_bytes)} GiB each), for a merged export {_gib(plan.merged_bytes)} GiB"
     ]
     free = plan.machine.disk_bytes

@@ -112,8 +112,9 @@ class Plan:
 
     @property
     def checkpoints_bytes(self) -> int:
-        """Disk for all that are kept, and the one being written."""
-        return (self.recipe.checkpoint.keep + 1) * self.checkpoint_bytes
+        """Disk for all that are kept, the best among them or beside them, and the one being written."""
+        checkpoint = self.recipe.checkpoint
+        return (checkpoint.keep + checkpoint.keep_best + 1) * self.checkpoint_bytes
 
     @property
     def merged_bytes(self) -> int:

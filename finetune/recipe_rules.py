@@ -128,6 +128,10 @@ RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
         ("train.eval_every_steps", "data.eval"),
         _no_effect("train", "eval_every_steps", lambda r: bool(r.data.eval), "without data.eval"),
     ),
+    (
+        ("checkpoint.keep_best", "data.eval"),
+        _no_effect("checkpoint", "keep_best", lambda r: bool(r.data.eval), "without data.eval"),
+    ),
     (("model.init", "lora", "router.train"), _init_problem),
     (("data.eval", "data.train"), _sources_problem),
     (("data.over_long", "data.train", "data.eval"), _over_long_problem),

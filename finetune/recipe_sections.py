@@ -181,6 +181,8 @@ class Checkpoint(Section):
     """How often one is written; always after the last step, 0 is only then."""
     keep: Count = 2
     """How many are kept, the newest."""
+    keep_best: bool = False
+    """Whether the one with the lowest held-out loss is kept too; an evaluation that finds a lower loss writes one."""
 
 
 class Output(Section):

@@ -5,7 +5,7 @@ from pathlib import Path
 from finetune.checkpoint.export import export_adapter, export_merged, split_trained
 from finetune.checkpoint.folder import fingerprint
 from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.resume import newest_checkpoint, open_state
+from finetune.checkpoint.resume import chosen_checkpoint, open_state
 from finetune.checkpoint.weights import resolve_model
 from finetune.evaluation import paired_change
 from finetune.planner import model_config
@@ -15,19 +15,18 @@ from monitoring.routing import read_snapshot, recorded_drift, routing_measures
 from monitoring.table import print_utilisation
 
 
-def export_run(run: Path, to: Path, *, kind: str) -> int:
-    """Export the newest whole checkpoint of a run, as one merged model or as an adapter.
+def export_run(run: Path, to: Path, *, kind: str, which: str = "newest") -> int:
+    """Export a checkpoint of a run, as one merged model or as an adapter.
+
+    Args:
+        which: newest, best or step-N.
 
     Raises:
-        CheckpointError: no whole checkpoint, or what was trained does not fit the base or the format.
+        CheckpointError: no such whole checkpoint, or what was trained does not fit the base or the format.
         RecipeError: `run` is not the folder of a run.
     """
     recipe = recipe_of(run)
-    checkpoint, skipped = newest_checkpoint(run / "checkpoints")
-    for sentence in skipped:
-        print(sentence)
-    if checkpoint is None:
-        raise CheckpointError(f"{run}: holds no whole checkpoint to export; train it first")
+    checkpoint = chosen_checkpoint(run / "checkpoints", which, print)
     state, tensors = open_state(checkpoint)
     base = resolve_model(recipe.model.path)
     if state["base"] != fingerprint(base):

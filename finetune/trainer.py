@@ -9,24 +9,22 @@ from typing import Any, cast
 
 import torch
 
-from data.sources import DataError
 from finetune import engine as engines
 from finetune.assembly import Say, assemble
 from finetune.checkpoint.folder import fingerprint
-from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.resume import newest_checkpoint, open_state, write_checkpoint
+from finetune.checkpoint.resume import newest_checkpoint
 from finetune.evaluation import ProbedRouting, compare_routing, held_out, probe_routing, to_device
 from finetune.optim import learning_rate
 from finetune.parallel.world import World, was_launched
 from finetune.recipe import Recipe, RecipeError
 from finetune.run_folder import claim, mark_finished
+from finetune.saving import Saved, Saving, resume
 from finetune.step import optimize, seed_step
 from finetune.watch import STALL_SECONDS, Watch
 from finetune.window import Totals, Windows
-from monitoring.files import MonitoringError
 from monitoring.health import Health
-from monitoring.metrics import read_metrics
 from monitoring.routing import LayerDrift, RoutingSnapshot, routing_drift, routing_measures
+from monitoring.run_id import keep_run_id, run_id
 from monitoring.sinks import Sinks, open_sinks
 
 
@@ -51,9 +49,11 @@ class Run:
         self.windows = Windows(len(self.layers), self.model.settings.num_experts, world.device)
         # Taken before any trained state is put in: what the base model's routers do with the probe tokens.
         self.base_routing = self._probe_routing() if recipe.monitor.drift_every_steps else None
-        self.step = self._resume(say)
         self.health = Health()
-        self.sinks = self._open_sinks(say)
+        self.best: dict[str, float] | None = None  # step and loss of the lowest held-out loss so far
+        self.step = self._resume(say)
+        self.saving = Saving(folder / "checkpoints", world, keep=recipe.checkpoint.keep)
+        self.sinks = self._open_sinks()
         self.report_started = time.perf_counter()
         self.grad_norm = 0.0
 
@@ -63,6 +63,7 @@ class Run:
         try:
             self._train()
         finally:
+            self.saving.close()
             self.watch.end()
             self.sinks.close()
 
@@ -80,25 +81,34 @@ class Run:
             engines.set_learning_rate(self.engine, lr)
             self.grad_norm = optimize(self.engine, batches, recipe.router, self.world, self.windows)
             self._report(lr)
-            if self._due(recipe.train.eval_every_steps):
-                self._evaluate()
+            is_best = self._due(recipe.train.eval_every_steps) and self._evaluate() and recipe.checkpoint.keep_best
             stopping = self._asked_to_stop()
-            if stopping or self._due(recipe.checkpoint.every_steps):
+            if stopping or is_best or self._due(recipe.checkpoint.every_steps):
                 self._save()
             if stopping and self.step < recipe.train.steps:
+                self._record_saved(self.saving.settle())
                 self._record(
                     {"kind": "action", "step": self.step, "message": f"{stopping}: saved and stopped, resumable"}
                 )
                 return
+        self._record_saved(self.saving.settle())
         self._record({"kind": "end", "step": self.step})
         if self.world.is_main:
             mark_finished(self.folder, {"step": self.step})
         self.world.barrier()
 
     def _asked_to_stop(self) -> str | None:
-        """Why this run is to end in order now, if any rank has been told so. One number is communicated."""
-        asked = torch.tensor(float(self.watch.asked_to_stop is not None), device=self.world.device)
-        if not self.world.sum(asked):
+        """Why this run is to end in order now, if any rank has been told so. Two numbers are communicated.
+
+        Raises:
+            RankError: the checkpoint that was being written came to nothing.
+        """
+        state = torch.tensor([self.watch.asked_to_stop is not None, self.saving.failed], dtype=torch.float32)
+        asked, failed = self.world.sum(state.to(self.world.device)).tolist()
+        if failed:
+            self.saving.tell_failure()
+        self._record_saved(self.saving.done())
+        if not asked:
             return None
         return cast(str, next(reason for reason in self.world.gather(self.watch.asked_to_stop) if reason))
 
@@ -160,99 +170,86 @@ class Run:
             probabilities=both.probabilities.numpy(),
         )
 
-    def _evaluate(self) -> None:
-        """Loss on the held-out rows, if there are any. Collective."""
+    def _evaluate(self) -> bool:
+        """Measure the loss on the held-out rows, if there are any; whether it is the lowest so far. Collective."""
         if not self.evaluation:
-            return
+            return False
         paused = time.perf_counter()
         result = held_out(self.model, self.evaluation, self.world)
         self._record(
             {"kind": "eval", "step": self.step, "loss": result.loss, "tokens": result.tokens, "parts": result.parts}
         )
         self._stop_if_told()
+        is_best = result.loss < (self.best["loss"] if self.best else math.inf)
+        if is_best:
+            self.best = {"step": self.step, "loss": result.loss}
         self.report_started += time.perf_counter() - paused
+        return is_best
 
     def _save(self) -> None:
-        """Write a checkpoint that a run on any number of ranks can go on from. Collective.
+        """Begin to write a checkpoint that a run on any number of ranks can go on from. Collective.
+
+        Training stands still while the one before is finished and this one's tensors are copied to host memory.
 
         Raises:
-            CheckpointError: the disk refused.
-            TrainingError: what would be stored is not finite.
+            RankError: the one before could not be written.
         """
-        paused = time.perf_counter()
+        began = time.perf_counter()
+        self._record_saved(self.saving.settle())
         tensors = engines.training_state(self.engine, self.world)
-        self._refuse_broken(tensors)
         windows = self.world.sum(self.windows.sums.clone()).cpu()
         if self.world.is_main:
             tensors["windows"] = windows
+        state = {
+            "base": self.base,
+            "loader": self.loader.state(),
+            "best": self.best,
+            "health": self.health.state(),
+            "wandb": run_id(self.folder) if self.world.is_main and self.recipe.monitor.wandb != "off" else None,
+        }
+        keep_best = self.recipe.checkpoint.keep_best and self.best
+        spare = [int(self.best["step"])] if keep_best and self.best else []
+        self.saving.begin(self.step, tensors, state, began=began, spare=spare)
+        self.report_started += time.perf_counter() - began
 
-        def barrier(fault: CheckpointError | None = None) -> None:
-            with self.world.together(CheckpointError):
-                if fault is not None:
-                    raise fault
-
-        try:
-            path = write_checkpoint(
-                self.folder / "checkpoints",
-                self.step,
-                tensors=tensors,
-                state={"step": self.step, "base": self.base, "loader": self.loader.state()},
-                rank=self.world.rank,
-                ranks=self.world.size,
-                barrier=barrier,
-                keep=self.recipe.checkpoint.keep,
+    def _record_saved(self, saved: Saved | None) -> None:
+        """Write the line of a checkpoint that has become whole."""
+        if saved:
+            self._record(
+                {
+                    "kind": "checkpoint",
+                    "step": saved.written.step,
+                    "path": str(saved.written.folder.relative_to(self.folder)),
+                    "seconds": saved.written.seconds,
+                    "blocked_seconds": saved.blocked_seconds,
+                }
             )
-        except CheckpointError as fault:
-            barrier(fault)  # where the ranks that could write theirs are waiting
-            raise
-        self._record({"kind": "checkpoint", "step": self.step, "path": str(path.relative_to(self.folder))})
-        self.report_started += time.perf_counter() - paused
-
-    def _refuse_broken(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep a state that training has broken from replacing one that is whole. Communicates."""
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        first = next((names for names in self.world.gather(broken) if names), None)
-        if first:
-            names = cast(list[str], first)
-            self.reasons_to_stop = [
-                f"{names[0]} and {len(names) - 1} more trained tensors are not finite, nothing saved"
-            ]
-        self._stop_if_told()
 
     def _resume(self, say: Say) -> int:
-        """Put in the newest whole checkpoint of this run, if there is one; return the steps taken. Collective."""
-        found = newest_checkpoint(self.folder / "checkpoints") if self.world.is_main else None
-        folder, skipped = cast(tuple[Path | None, list[str]], self.world.gather(found)[0])
-        for sentence in skipped:
-            say(sentence)
-        if folder is None:
+        """Go on from the newest whole checkpoint of this run, if there is one; return the steps taken. Collective."""
+        found = resume(
+            self.folder / "checkpoints",
+            self.engine,
+            self.loader,
+            self.world,
+            base=self.base,
+            base_name=self.recipe.model.path,
+            say=say,
+        )
+        if found is None:
             return 0
-        with self.world.together(CheckpointError, DataError):
-            state, tensors = open_state(folder)
-            if state["base"] != self.base:
-                raise CheckpointError(
-                    f"{folder}: belongs to other base weights than {self.recipe.model.path} holds now; put them back,"
-                    " or start a new run under another name"
-                )
-            self.loader.restore(state["loader"])
+        state, tensors = found
         if self.world.is_main:  # the sums of all ranks since the last reports; the other ranks start from zero
             self.windows.sums.copy_(tensors.read("windows"))
-        engines.restore(self.engine, tensors.read, step=state["step"])
-        say(f"continuing after step {state['step']} from {folder}")
+        self.best = state["best"]
+        self.health.restore(state["health"])
+        if self.world.is_main and state["wandb"]:
+            keep_run_id(self.folder, state["wandb"])
         return int(state["step"])
 
-    def _open_sinks(self, say: Say) -> Sinks:
+    def _open_sinks(self) -> Sinks:
         if not self.world.is_main:
             return Sinks([])
-        metrics = self.folder / "metrics.jsonl"
-        if self.step and metrics.exists():
-            try:
-                for record in read_metrics(metrics):
-                    if record.get("step", 0) <= self.step:
-                        self.health.check(record)
-            except MonitoringError as error:  # watching a run must not keep it from going on
-                say(f"the health rules start without this run's history: {error}")
-                self.health = Health()
         monitor = self.recipe.monitor
         return open_sinks(
             self.folder,

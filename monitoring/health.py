@@ -10,12 +10,12 @@ chosen from simulated collapses of a 512-expert router; the literature has none.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, Literal
 
-from monitoring.metrics import Record
+from monitoring.metrics import Record, plain
 
 Level = Literal["info", "warn", "alert", "stop"]
 LEVELS: tuple[Level, ...] = ("info", "warn", "alert", "stop")
@@ -81,8 +81,8 @@ class History:
 class Health:
     """Judges records in the order they happen. A finding is told once, and again only when it gets worse or returns.
 
-    A resumed run feeds the old records of `read_metrics` through `check` first and ignores what comes back, so that
-    the first window, the usual loss and what was already told stay what they were.
+    `state` goes into every checkpoint, so that in a resumed run the first window, the usual loss and what was already
+    told are what they were.
     """
 
     def __init__(self) -> None:
@@ -103,6 +103,23 @@ class Health:
             self._standing[group] = {(f.rule, f.layer): f.level for f in found}
         self._history.remember(record)
         return fresh
+
+    def state(self) -> dict[str, Any]:
+        """What is remembered, in JSON's own types."""
+        standing = {
+            group: [[rule, layer, level] for (rule, layer), level in known.items()]
+            for group, known in self._standing.items()
+        }
+        return {**plain(asdict(self._history)), "standing": standing}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state` of a health before did."""
+        history = self._history = History(first_routing=state["first_routing"], last_routing=state["last_routing"])
+        history.losses.extend(state["losses"])
+        history.grad_norms.extend(state["grad_norms"])
+        self._standing = {
+            group: {(rule, layer): level for rule, layer, level in known} for group, known in state["standing"].items()
+        }
 
 
 def _severity(level: Level | None) -> int:

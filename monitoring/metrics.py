@@ -8,7 +8,7 @@
     routing     step, tokens, experts, layers: one object of measures per MoE layer (monitoring/routing.py)
     finding     step, level, rule, layer, message (monitoring/health.py)
     action      step, message
-    checkpoint  step, path
+    checkpoint  step, path, seconds (to write it), blocked_seconds (for which training stood still)
     end         step
 
 A number that is not finite is written as null, because JSON has no word for it.

@@ -5,7 +5,6 @@ parts become one run when they are sent.
 """
 
 import logging
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +14,9 @@ import wandb
 from numpy.typing import NDArray
 
 from monitoring.charts import heatmap
-from monitoring.files import replace_file
 from monitoring.metrics import Record, plain
 from monitoring.routing import RoutingSnapshot
+from monitoring.run_id import run_id
 
 MOST_BINS = wandb.Histogram.MAX_LENGTH
 ALERT_LEVELS = {"warn": "WARN", "alert": "ERROR", "stop": "ERROR"}
@@ -94,14 +93,6 @@ def open_run(
             )
             wandb.teardown()  # the failed attempt still holds the id
     return wandb.init(mode="offline", **given)
-
-
-def run_id(run: Path) -> str:
-    """The W&B id of the run folder: made once, kept in `wandb/run-id`."""
-    path = run / "wandb" / "run-id"
-    if not path.exists():
-        replace_file(path, secrets.token_hex(4).encode())
-    return path.read_text(encoding="ascii").strip()
 
 
 def binned(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.checkpoint.folder import fingerprint
-from finetune.checkpoint.resume import write_checkpoint
 from finetune.recipe import load_recipe
 from finetune.run_folder import claim
 from monitoring.metrics import read_metrics
+from tests.checkpoints import write_checkpoint
 from tests.configs import tiny_config
 from tests.tiny_checkpoints import transformers_model
 
@@ -167,10 +167,6 @@ def run_with_checkpoint(here: Place, name: str) -> Path:
         1,
         tensors={f"{module}.lora_{factor}.default.weight::fp32": value for factor, value in factors.items()},
         state={"step": 1, "base": fingerprint(here.folder / "base")},
-        rank=0,
-        ranks=1,
-        barrier=lambda: None,
-        keep=1,
     )
     return here.run_folder(name)
 

@@ -19,7 +19,7 @@ from finetune import engine as engines
 from finetune.balance import count_rows, router_loss
 from finetune.checkpoint.export import LoraFactors, export_adapter, export_merged, split_trained
 from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.resume import open_state, write_checkpoint
+from finetune.checkpoint.resume import open_state
 from finetune.checkpoint.weights import from_pretrained
 from finetune.kernels.experts import experts_grouped
 from finetune.lora import AdapterError, base_model, inject
@@ -30,6 +30,7 @@ from finetune.optim import learning_rate, parameter_groups
 from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach
 from finetune.step import optimize, token_counts
+from tests.checkpoints import write_checkpoint
 from tests.configs import tiny_config
 from tests.ranks import ranks
 from tests.test_layouts import CONFIG, PACKS, STEPS, TOKENS, Layout, assembled, batch_of_step, model_of, recipe_of
@@ -484,16 +485,7 @@ def train_on_rank(rank: int, layout: Layout, folder: str) -> dict[str, Any]:
         engines.set_learning_rate(engine, learning_rate(step, steps=STEPS, optim=recipe.optim))
         norms.append(optimize(engine, mine, recipe.router, world))
     state = engines.training_state(engine, world)
-    write_checkpoint(
-        Path(folder),
-        STEPS,
-        tensors=state,
-        state={},
-        rank=rank,
-        ranks=layout.ranks,
-        barrier=torch.distributed.barrier,
-        keep=1,
-    )
+    write_checkpoint(Path(folder), STEPS, tensors=state, state={}, rank=rank, ranks=layout.ranks)
     return {"norm": norms, "state": state}
 
 

@@ -12,10 +12,11 @@ from transformers import Qwen3NextForCausalLM
 from finetune.checkpoint import export
 from finetune.checkpoint.export import LoraFactors, export_adapter, export_merged, split_trained
 from finetune.checkpoint.layout import CheckpointError, is_expert_parameter
-from finetune.checkpoint.resume import open_state, write_checkpoint
+from finetune.checkpoint.resume import open_state
 from finetune.checkpoint.shards import read_header
 from finetune.checkpoint.weights import from_pretrained
 from finetune.lora import inject
+from tests.checkpoints import write_checkpoint
 from tests.configs import CONFIGS, randomise, tiny_config
 from tests.tiny_checkpoints import COMPANIONS, MTP, all_tensors, assert_same_tensors, save_released, transformers_model
 
@@ -62,7 +63,7 @@ def training_state(model):
             pieces = {f"::{e}": parameter.detach()[e] for e in range(len(parameter))}
             for expert, value in (pieces if is_expert_parameter(name) else {"": parameter.detach()}).items():
                 tensors[f"{name}::fp32{expert}"] = value.float().clone()
-                tensors[f"{name}::exp_avg{expert}"] = torch.full_like(value, torch.nan)
+                tensors[f"{name}::exp_avg{expert}"] = torch.full_like(value, 1e30)
     return tensors
 
 
@@ -211,16 +212,7 @@ def test_a_stored_head_follows_the_embeddings_it_is_tied_to(tmp_path):
 
 def test_what_a_training_checkpoint_holds_is_exported_from_its_files(bases, tmp_path):
     ours = adapted(bases("base"), router=True)
-    path = write_checkpoint(
-        tmp_path / "checkpoints",
-        4,
-        tensors=training_state(ours),
-        state={},
-        rank=0,
-        ranks=1,
-        barrier=lambda: None,
-        keep=1,
-    )
+    path = write_checkpoint(tmp_path / "checkpoints", 4, tensors=training_state(ours), state={})
     factors, replaced = split_trained(open_state(path)[1], alpha=ALPHA, dropout=0.0)
     export_merged(bases("base"), tmp_path / "merged", adapter=factors, replaced=replaced)
     theirs = Qwen3NextForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

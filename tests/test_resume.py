@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.checkpoint import resume
+from finetune.checkpoint import writer as writers
 from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.resume import newest_checkpoint, open_state, write_checkpoint
+from finetune.checkpoint.resume import chosen_checkpoint, newest_checkpoint, open_state
+from finetune.checkpoint.writer import Writer
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -28,36 +30,23 @@ def part_of(rank, ranks, step):
     return {**dense, **mine} if rank == 0 else mine
 
 
-def write(root, step, *, ranks=1, keep=3, barrier=None, part=part_of):
-    """One checkpoint, each rank in a thread."""
-    meet = threading.Barrier(ranks, timeout=20)
-    failures = []
-
-    def run(rank):
-        state = {"loader": {"epoch": 1, "cursor": step * 10}, "rank": rank}
-        try:
-            write_checkpoint(
-                root,
-                step,
-                tensors=part(rank, ranks, step),
-                state=state,
-                rank=rank,
-                ranks=ranks,
-                barrier=barrier or meet.wait,
-                keep=keep,
-            )
-        except BaseException as error:
-            failures.append(error)
-            meet.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    told = [error for error in failures if not isinstance(error, threading.BrokenBarrierError)]
-    if failures:
-        raise (told or failures)[0]
+def write(root, step, *, ranks=1, keep=3, part=part_of, spare=(), best=None):
+    """One checkpoint, all ranks of it in this process."""
+    made = [Writer(root, rank=rank, ranks=ranks, token="t0", keep=keep) for rank in range(ranks)]
+    try:
+        for rank, writer in enumerate(made):
+            state = {"loader": {"epoch": 1, "cursor": step * 10}, "rank": rank, "best": best}
+            writer.begin(step, part(rank, ranks, step), state, spare=spare)
+        for writer in reversed(made):  # rank 0 last, which without a part of another rank would wait for ever
+            while writer.busy and not any(other.failed for other in made):
+                writer.wait(0.05)
+    finally:
+        for writer in made:
+            writer.close()
+    failed = [writer for writer in made if writer.failed]
+    written = [writer.finish() for writer in (failed or made)]
+    assert [bool(one) for one in written] == [True] + [False] * (ranks - 1)
+    assert written[0].folder == root / f"step-{step}"
 
 
 def names(root):
@@ -70,14 +59,13 @@ def test_what_any_number_of_ranks_wrote_is_read_back_whole(ranks, tmp_path):
     newest, told = newest_checkpoint(tmp_path / "checkpoints")
     assert (newest, told) == (tmp_path / "checkpoints" / "step-20", [])
     state, store = open_state(newest)
-    assert state == {"loader": {"epoch": 1, "cursor": 200}, "rank": 0, "step": 20}
+    assert state == {"loader": {"epoch": 1, "cursor": 200}, "rank": 0, "best": None, "step": 20}
     expected = part_of(0, 1, 20)
     assert set(store) == set(expected)
     assert len(store) == 10
     for name, tensor in expected.items():
         assert store.read(name).dtype == tensor.dtype
         assert torch.equal(store.read(name), tensor)
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-20\n"
 
 
 def test_a_tensor_that_is_not_there_is_named(tmp_path):
@@ -89,7 +77,7 @@ def test_a_tensor_that_is_not_there_is_named(tmp_path):
 def test_only_the_newest_are_kept(tmp_path):
     for step in (5, 10, 15, 100):
         write(tmp_path, step, keep=2)
-    assert names(tmp_path) == ["latest", "step-100", "step-15"]
+    assert names(tmp_path) == ["step-100", "step-15"]
     assert newest_checkpoint(tmp_path)[0] == tmp_path / "step-100"
 
 
@@ -152,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_sentence(damage, file, sen
     # The run goes on from 20 and comes to 30 again.
     write(tmp_path, 30, ranks=2)
     assert newest_checkpoint(tmp_path) == (folder, [])
-    assert names(tmp_path) == ["latest", "step-10", "step-20", "step-30"]
+    assert names(tmp_path) == ["step-10", "step-20", "step-30"]
 
 
 def test_a_damaged_later_checkpoint_never_costs_the_one_just_written(tmp_path):
@@ -169,66 +157,73 @@ class KilledError(BaseException):
     """Stands for the process ending at this point."""
 
 
-@pytest.mark.parametrize("survived", [0, 1])
-def test_a_run_killed_between_two_ranks_keeps_the_previous_checkpoint(survived, tmp_path):
+@pytest.mark.parametrize("alive", [0, 1])
+def test_a_run_that_lost_a_rank_keeps_the_previous_checkpoint(alive, tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "SECONDS_FOR_OTHERS", 0.2)
     write(tmp_path, 10, keep=1)
-    passed = []
-
-    def barrier():
-        if len(passed) == survived:
-            raise KilledError
-        passed.append(True)
-
-    with pytest.raises(KilledError):
-        write(tmp_path, 20, keep=1, barrier=barrier)
+    left = Writer(tmp_path, rank=alive, ranks=2, token="a1", keep=1)
+    left.begin(20, part_of(alive, 2, 20), {})
+    left.close()
+    assert left.failed
+    what = {0: "not finished, the part of rank 1 did not arrive", 1: "rank 1 does not see it; output.dir must be on"}
+    with pytest.raises(CheckpointError, match=rf"step-20\.a1\.tmp: {what[alive]}"):
+        left.finish()
     newest, told = newest_checkpoint(tmp_path)
     assert newest == tmp_path / "step-10"
-    assert told == [f"{tmp_path / 'step-20.tmp'}: passed over, the run stopped while it was being written or deleted"]
+    leftover = tmp_path / "step-20.a1.tmp"
+    assert told == (
+        [] if alive else [f"{leftover}: passed over, the run stopped while it was being written or deleted"]
+    )
     write(tmp_path, 20, keep=1)
-    assert names(tmp_path) == ["latest", "step-20"]
+    assert names(tmp_path) == ["step-20"]
 
 
-@pytest.mark.parametrize("call", range(1, 5))
+def test_a_rank_of_a_killed_run_that_still_writes_does_not_reach_the_next_run(tmp_path):
+    """Rank 1 outlives rank 0 by a moment; its part is of other numbers than those of the run that follows."""
+    (tmp_path / "step-20.old1.tmp").mkdir()
+    orphan = Writer(tmp_path, rank=1, ranks=2, token="old1", keep=1)
+    write(tmp_path, 10)
+    (tmp_path / "step-20.old1.tmp").mkdir()
+    orphan.begin(20, part_of(1, 2, 99), {})
+    write(tmp_path, 20, ranks=2)
+    orphan.close()
+    assert torch.equal(
+        open_state(tmp_path / "step-20")[1].read("experts.down_proj::fp32::7"),
+        part_of(1, 2, 20)["experts.down_proj::fp32::7"],
+    )
+
+
+@pytest.mark.parametrize("call", range(1, 4))
 def test_a_run_killed_at_any_rename_leaves_a_whole_checkpoint(call, tmp_path, monkeypatch):
-    """Writing step 20 again and pruning step 10: old 20 aside, new 20 in place, `latest`, 10 aside."""
+    """Writing step 20 again and pruning step 10: old 20 aside, new 20 in place, 10 aside."""
     write(tmp_path, 10)
     write(tmp_path, 20)
     calls = []
 
     def killed_at(operation):
         def rename(source, target):
-            if Path(target).suffix != ".json":  # files of the folder that is being written
-                calls.append(operation)
-                if len(calls) == call:
-                    raise KilledError
+            calls.append(operation)
+            if len(calls) == call:
+                raise KilledError
             operation(source, target)
 
         return rename
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume.os, "rename", killed_at(os.rename))
-        patch.setattr(resume.os, "replace", killed_at(os.replace))
+        patch.setattr(os, "rename", killed_at(os.rename))
         with pytest.raises(KilledError):
             write(tmp_path, 20, keep=1)
     newest, _ = newest_checkpoint(tmp_path)
     assert newest == tmp_path / ("step-10" if call == 2 else "step-20")
     write(tmp_path, 30, keep=1)
-    assert names(tmp_path) == ["latest", "step-30"]
-
-
-def test_a_rank_whose_part_does_not_arrive_is_named_and_nothing_is_committed(tmp_path, monkeypatch):
-    write(tmp_path, 10, ranks=2)
-    monkeypatch.setattr(resume, "_write_part", lambda partial, rank, tensors: None)
-    with pytest.raises(CheckpointError, match=r"step-20\.tmp: holds no part of rank 0; output\.dir must be on a disk"):
-        write(tmp_path, 20, ranks=2)
-    assert newest_checkpoint(tmp_path)[0] == tmp_path / "step-10"
+    assert names(tmp_path) == ["step-30"]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     def full(tensors, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(resume, "save_file", full)
+    monkeypatch.setattr(writers, "save_file", full)
     with pytest.raises(CheckpointError, match=r"step-20: rank 0 could not write it \(.*No space left") as caught:
         write(tmp_path, 20)
     assert "\n" not in str(caught.value)
@@ -240,30 +235,100 @@ def test_a_tensor_that_two_ranks_answer_for_is_our_fault(tmp_path):
 
 
 def test_a_state_that_json_cannot_hold_fails_before_anything_is_written(tmp_path):
+    writer = Writer(tmp_path / "root", rank=0, ranks=1, token="t0", keep=1)
     with pytest.raises(TypeError):
-        write_checkpoint(
-            tmp_path / "root", 1, tensors={}, state={"x": object()}, rank=0, ranks=1, barrier=lambda: None, keep=1
-        )
+        writer.begin(1, {}, {"x": object()})
+    writer.close()
     assert not (tmp_path / "root").exists()
+
+
+def test_what_is_not_finite_is_never_stored(tmp_path):
+    write(tmp_path, 10)
+    broken = {"a::fp32": torch.zeros(3), "b::fp32": torch.tensor([1.0, torch.nan]), "n": torch.tensor([3])}
+    with pytest.raises(CheckpointError, match=r"step-20\.t0\.tmp: not written, not finite on rank 0: b::fp32$"):
+        write(tmp_path, 20, part=lambda rank, ranks, step: broken)
+    assert newest_checkpoint(tmp_path)[0] == tmp_path / "step-10"
+
+
+def test_the_step_goes_on_while_the_disk_is_slow(tmp_path, monkeypatch):
+    """`begin` returns while the file is not written; the fault of the write is kept until it is asked for."""
+    held = threading.Event()
+
+    def slow(tensors, path, save=writers.save_file):
+        assert held.wait(20)
+        save(tensors, path)
+
+    monkeypatch.setattr(writers, "save_file", slow)
+    writer = Writer(tmp_path, rank=0, ranks=1, token="t0", keep=1)
+    for step in (10, 20):
+        held.clear()
+        writer.begin(step, part_of(0, 1, step), {})
+        assert (writer.busy, writer.failed, writer.finish()) == (True, False, None)
+        assert newest_checkpoint(tmp_path)[0] == (tmp_path / "step-10" if step == 20 else None)
+        with pytest.raises(AssertionError, match="one checkpoint at a time"):
+            writer.begin(step + 1, {}, {})
+        held.set()
+        writer.wait()
+        written = writer.finish()
+        assert (written.step, written.folder, written.seconds > 0) == (step, tmp_path / f"step-{step}", True)
+        assert writer.finish() is None
+    monkeypatch.setattr(writers, "save_file", lambda tensors, path: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    writer.begin(30, part_of(0, 1, 30), {})
+    writer.wait()
+    assert (writer.busy, writer.failed) == (False, True)
+    with pytest.raises(CheckpointError, match=r"step-30: rank 0 could not write it .*I/O error.*before it are whole"):
+        writer.finish()
+    writer.close()
+
+
+def test_the_best_stays_and_can_be_chosen(tmp_path):
+    told = []
+    chosen = functools.partial(chosen_checkpoint, say=told.append)
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint to export; train it first"):
+        chosen(tmp_path, "best")
+    for step in (5, 10, 15, 20):
+        write(tmp_path, step, keep=2, spare=[5], best={"step": 5, "loss": 1.5})
+    assert names(tmp_path) == ["step-15", "step-20", "step-5"]
+    assert chosen(tmp_path, "best") == tmp_path / "step-5"
+    assert chosen(tmp_path, "newest") == tmp_path / "step-20"
+    assert chosen(tmp_path, "step-15") == tmp_path / "step-15"
+    for name in ("step-16", "steps", "../x"):
+        with pytest.raises(CheckpointError, match=r"no such checkpoint; there are step-5, step-15, step-20"):
+            chosen(tmp_path, name)
+    flip(tmp_path / "step-5" / "part-00000.safetensors")
+    with pytest.raises(CheckpointError, match=r"step-5: part-00000.safetensors was changed after it was written"):
+        chosen(tmp_path, "best")
+    write(tmp_path, 25, keep=2)
+    assert names(tmp_path) == ["step-20", "step-25"]
+    with pytest.raises(CheckpointError, match=r"keeps no best checkpoint; its recipe needs checkpoint\.keep_best"):
+        chosen(tmp_path, "best")
+    flip(tmp_path / "step-25" / "part-00000.safetensors")
+    assert chosen(tmp_path, "newest") == tmp_path / "step-20"
+    assert told == [
+        f"{tmp_path}/step-25: passed over, part-00000.safetensors was changed after it was written (its hash differs)"
+    ]
 
 
 WRITER = """
 import sys, torch
 from pathlib import Path
-from finetune.checkpoint.resume import write_checkpoint
+from finetune.checkpoint.writer import Writer
+writer = Writer(Path(sys.argv[1]), rank=0, ranks=1, token="w", keep=2)
 for step in range(int(sys.argv[2]), 10_000):
-    tensors = {f"{name}::fp32": torch.full((200_000,), float(step)) for name in "abcd"}
-    write_checkpoint(Path(sys.argv[1]), step, tensors=tensors, state={"cursor": step}, rank=0, ranks=1,
-                     barrier=lambda: None, keep=2)
+    writer.begin(step, {f"{name}::fp32": torch.full((200_000,), float(step)) for name in "abcd"}, {"cursor": step})
+    writer.wait()
+    writer.finish()
 """
 
 
 def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    reached, latest = 0, tmp_path / "latest"
+    reached = 0
     for delay in (0.003, 0.017, 0.041):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(reached + 1)], cwd=CHECKOUT)
         deadline = time.monotonic() + 60
-        while not latest.exists() or int(latest.read_text().removeprefix("step-")) <= reached:
+        while (
+            max((int(path.name[5:]) for path in tmp_path.glob("step-*") if path.suffix != ".tmp"), default=0) <= reached
+        ):
             assert time.monotonic() < deadline, "the writer wrote nothing"
             time.sleep(0.001)
         time.sleep(delay)

@@ -1,0 +1,132 @@
+"""A run's checkpoints as all ranks see them: begun together, written while training goes on, gone on from."""
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from data.loader import Loader
+from data.sources import DataError
+from finetune import engine as engines
+from finetune.assembly import Say
+from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.resume import TensorStore, newest_checkpoint, open_state
+from finetune.checkpoint.writer import Writer, Written
+from finetune.engine import ExpertEngine
+from finetune.parallel.world import World
+
+SECONDS_BETWEEN_LOOKS = 0.1  # at whether all ranks have written
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is whole, and what it cost."""
+
+    written: Written
+    blocked_seconds: float  # for which training stood still: the copy to host memory, and what had to be waited for
+
+
+class Saving:
+    """Saves the state of a run, one checkpoint at a time. `failed` is to be asked, over all ranks, in every step."""
+
+    def __init__(self, root: Path, world: World, *, keep: int):
+        """Nothing is saved yet. Collective: the ranks agree on a name for what they are writing.
+
+        Args:
+            root: folder of the checkpoints.
+            keep: how many stay.
+        """
+        token = cast(str, world.gather(secrets.token_hex(4))[0])
+        self._world = world
+        self._writer = Writer(root, rank=world.rank, ranks=world.size, token=token, keep=keep)
+        self._blocked_seconds = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write its part of the checkpoint begun last."""
+        return self._writer.failed
+
+    def begin(
+        self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], *, began: float, spare: list[int]
+    ) -> None:
+        """Hand over a state that is in host memory, after `settle`, and return at once. Every rank calls it.
+
+        Args:
+            tensors: what this rank answers for.
+            state: what is not a tensor; rank 0's is kept.
+            began: `time.perf_counter()` when training stopped for it.
+            spare: steps whose checkpoints are not deleted.
+        """
+        self._writer.begin(step, tensors, state, spare=spare)
+        self._blocked_seconds = time.perf_counter() - began
+
+    def done(self) -> Saved | None:
+        """The checkpoint begun last, once, as soon as it is whole; only on rank 0. Does not communicate."""
+        if self._writer.failed:
+            return None
+        written = self._writer.finish()
+        return Saved(written, self._blocked_seconds) if written else None
+
+    def settle(self) -> Saved | None:
+        """Wait until what was begun is whole, and return it on rank 0. Communicates.
+
+        Raises:
+            RankError: it could not be written; on all ranks, with the sentence of the one that found out.
+        """
+        while True:
+            state = torch.tensor([self._writer.busy, self._writer.failed], dtype=torch.float32)
+            busy, failed = self._world.sum(state.to(self._world.device)).tolist()
+            if failed:
+                self.tell_failure()
+            if not busy:
+                return self.done()
+            self._writer.wait(SECONDS_BETWEEN_LOOKS)
+
+    def tell_failure(self) -> None:
+        """End the run on all ranks because some rank's part could not be written. Collective.
+
+        Raises:
+            RankError: says which rank could not write what.
+        """
+        with self._world.together(CheckpointError):
+            self._writer.finish()
+
+    def close(self) -> None:
+        """End what is still being written, within seconds; every rank on its own, in whatever state the others are."""
+        self._writer.close()
+
+
+def resume(
+    root: Path, engine: ExpertEngine, loader: Loader, world: World, *, base: str, base_name: str, say: Say
+) -> tuple[dict[str, Any], TensorStore] | None:
+    """Put the newest whole checkpoint into engine and loader; return its state and tensors, or None. Collective.
+
+    Args:
+        base: fingerprint of the base weights that the run stands on.
+        base_name: the same for people.
+
+    Raises:
+        RankError: the checkpoint is of other base weights or other data.
+    """
+    found = newest_checkpoint(root) if world.is_main else None
+    folder, skipped = cast(tuple[Path | None, list[str]], world.gather(found)[0])
+    for sentence in skipped:
+        say(sentence)
+    if folder is None:
+        return None
+    with world.together(CheckpointError, DataError):
+        state, tensors = open_state(folder)
+        if state["base"] != base:
+            raise CheckpointError(
+                f"{folder}: belongs to other base weights than {base_name} holds now; put them back, or start a new run"
+                " under another name"
+            )
+        loader.restore(state["loader"])
+    engines.restore(engine, tensors.read, step=state["step"])
+    say(f"continuing after step {state['step']} from {folder}")
+    return state, tensors
