@@ -23,11 +23,11 @@ from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.weights import load_weights
 from finetune.engine import ExpertEngine
 from finetune.evaluation import to_device
-from finetune.kernels.experts import KernelError, choose
+from finetune.kernels.choose import KernelError, choose, install
+from finetune.kernels.trial import Place
 from finetune.lora import AdapterError, inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import PADDING, HybridMoEForCausalLM, initialise
-from finetune.model.moe import Experts
 from finetune.parallel.experts import attach
 from finetune.parallel.world import World
 from finetune.recipe import Recipe, RecipeError, resolve
@@ -166,12 +166,8 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
     with init_empty_weights(include_buffers=True):  # without buffers it would untie the head from the embedding
         model = HybridMoEForCausalLM(config, world.experts(config.num_experts))
     with world.together(CheckpointError, KernelError, RecipeError):
-        compute, chosen = choose(
-            recipe.kernels.experts,
-            hidden=config.hidden_size,
-            width=config.moe_intermediate_size,
-            device=world.device,
-            dtype=dtype,
+        kernels = choose(
+            experts=recipe.kernels.experts, layers=recipe.kernels.layers, place=Place(config, world.device, dtype)
         )
         if recipe.model.init == "pretrained":
             load_weights(model, folder, dtype, world.device, say)
@@ -179,9 +175,7 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
             model.to_empty(device=world.device).to(dtype)
             model.tie()
             initialise(model, recipe.train.seed)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.compute = compute
+    install(model, kernels)
     if world.expert_group is not None:
         attach(model, world.expert_group)
     model.recompute = recipe.train.recompute == "full"
@@ -192,7 +186,8 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
         + f", {str(dtype).removeprefix('torch.')} on {world.device}; {len(model.local_experts)} of {config.num_experts}"
         f" experts a layer on each rank"
     )
-    say(chosen)
+    for sentence in kernels.said:
+        say(sentence)
     return model
 
 

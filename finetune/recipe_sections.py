@@ -155,8 +155,11 @@ class Parallel(Section):
 class Kernels(Section):
     """Which form of a computation is used where there are several."""
 
-    experts: Literal["auto", "grouped", "loop"] = "auto"
-    """Grouped matrix products, or one expert after the other; auto is grouped wherever it runs."""
+    experts: Literal["auto", "fused", "grouped", "loop"] = "auto"
+    """Kernels of our own for GPUs, torch's grouped matrix product, or one expert after the other; auto takes the first
+    of them that runs and is right here."""
+    layers: Literal["auto", "fused", "plain"] = "auto"
+    """Norms, router and loss in kernels of our own or in plain torch; auto is fused on a GPU."""
 
 
 class Monitor(Section):

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from finetune.kernels.experts import KernelError, choose, experts_grouped
+from finetune.kernels.choose import KernelError, choose, install
+from finetune.kernels.experts import experts_grouped
+from finetune.kernels.fused_experts import experts_fused, moe_fused
+from finetune.kernels.trial import Place
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.model.moe import ExpertCompute, Experts, experts_in_a_loop
@@ -72,25 +75,60 @@ def test_model_is_the_same_with_either() -> None:
     [
         ("auto", experts_grouped, "grouped"),
         ("grouped", experts_grouped, "grouped"),
+        ("fused", experts_fused, "fused"),
         ("loop", experts_in_a_loop, "loop"),
     ],
 )
 def test_choice_follows_the_recipe_and_says_so(kind: str, compute: object, words: str) -> None:
-    chosen, sentence = choose(kind, hidden=32, width=16, device=torch.device("cpu"), dtype=torch.float32)
-    assert chosen is compute
-    assert words in sentence
+    chosen = choose(experts=kind, layers="auto", place=place())
+    assert chosen.experts is compute
+    assert words in chosen.said[0]
+    assert ("checked here against the definition" in chosen.said[0]) == (kind != "loop")
+
+
+def place(dtype: torch.dtype = torch.float32, width: int = 16) -> Place:
+    config = ModelConfig.from_dict(CONFIGS["base"] | {"hidden_size": 32, "moe_intermediate_size": width})
+    return Place(config, torch.device("cpu"), dtype)
 
 
 def test_what_cannot_run_here_is_refused_or_replaced_aloud() -> None:
-    with pytest.raises(KernelError, match=r"kernels\.experts: grouped does not run in torch\.float64 on cpu"):
-        choose("grouped", hidden=32, width=16, device=torch.device("cpu"), dtype=torch.float64)
-    chosen, sentence = choose("auto", hidden=32, width=16, device=torch.device("cpu"), dtype=torch.float64)
-    assert chosen is experts_in_a_loop
-    assert "SLOW" in sentence
+    with pytest.raises(KernelError, match=r"kernels\.experts: grouped does not run in float64 on cpu"):
+        choose(experts="grouped", layers="auto", place=place(torch.float64))
+    chosen = choose(experts="auto", layers="auto", place=place(torch.float64))
+    assert chosen.experts is experts_in_a_loop
+    assert "SLOW" in chosen.said[0]
 
 
 def test_widths_of_the_model_decide() -> None:
     # 9 float32 numbers are no multiple of 16 bytes, which the grouped product asks of every row.
-    chosen, sentence = choose("auto", hidden=32, width=9, device=torch.device("cpu"), dtype=torch.float32)
-    assert chosen is experts_in_a_loop
-    assert "SLOW" in sentence
+    chosen = choose(experts="auto", layers="auto", place=place(width=9))
+    assert chosen.experts is experts_in_a_loop
+    assert "SLOW" in chosen.said[0]
+
+
+def test_a_kernel_that_is_wrong_here_is_refused_or_replaced_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*inputs: object) -> torch.Tensor:
+        return experts_grouped(*inputs) * 1.001
+
+    monkeypatch.setattr("finetune.kernels.choose.experts_grouped", wrong)
+    with pytest.raises(KernelError, match=r"output 0 is 1\.0e-03 away from its definition"):
+        choose(experts="grouped", layers="auto", place=place())
+    assert "SLOW" in choose(experts="auto", layers="auto", place=place()).said[0]
+
+
+def test_chosen_kernels_are_what_the_model_computes_by() -> None:
+    model = HybridMoEForCausalLM(ModelConfig.from_dict(CONFIGS["base"]))
+    randomise(model, seed=3)
+    ids = torch.randint(96, (2, 9))
+    labels = ids.roll(-1, 1)
+    found = []
+    here = Place(model.settings, torch.device("cpu"), torch.float32)
+    for experts, layers in (("loop", "plain"), ("fused", "fused")):
+        install(model, choose(experts=experts, layers=layers, place=here))
+        output = model(ids, labels=labels)
+        assert output.loss_sum is not None
+        gradients = torch.autograd.grad(output.loss_sum, list(model.parameters()))
+        found.append([output.loss_sum.detach(), *gradients])
+    assert model.model.layers[0].mlp.whole is moe_fused
+    for fast, definition in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(fast, definition, rtol=1e-4, atol=1e-4 * float(definition.abs().max()))

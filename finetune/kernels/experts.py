@@ -1,19 +1,13 @@
 """Expert MLPs as two grouped matrix products, in place of a loop over experts."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from finetune.model.moe import ExpertCompute, ExpertFactors, LowRank, experts_in_a_loop
+from finetune.model.moe import ExpertFactors, LowRank
 
 ALIGNMENT_BYTES = 16  # of every row that a grouped product reads
-
-
-class KernelError(ValueError):
-    """A kernel that the recipe asks for by name cannot run on this device and dtype."""
 
 
 def experts_grouped(
@@ -63,49 +57,3 @@ class _ContiguousGradient(torch.autograd.Function):
     def backward(ctx: object, gradient: Tensor) -> Tensor:
         # Of no rows, `.contiguous()` would keep the strides of an expanded gradient.
         return gradient.contiguous() if gradient.numel() else gradient.new_empty(gradient.shape)
-
-
-def choose(
-    kind: str, *, hidden: int, width: int, device: torch.device, dtype: torch.dtype
-) -> tuple[ExpertCompute, str]:
-    """The function that computes experts, and a sentence that says which and why.
-
-    `auto` tries the grouped product at the model's own widths (it refuses rows that are no multiple of 16 bytes), on
-    this device and dtype, with adapters, forward and backward, and says so if it has to fall back.
-
-    Raises:
-        KernelError: `grouped` was asked for and does not run here.
-    """
-    if kind == "loop":
-        return experts_in_a_loop, "experts: loop (the definition), as the recipe asks"
-    fault = _fault(experts_grouped, hidden, width, device, dtype)
-    if fault is None:
-        return experts_grouped, f"experts: grouped matrix product, {dtype} on {device.type}"
-    if kind == "grouped":
-        raise KernelError(
-            f"kernels.experts: grouped does not run in {dtype} on {device.type} at widths {hidden} and {width}"
-            f" with torch {torch.__version__} ({fault}); use 'auto' or 'loop'"
-        )
-    return experts_in_a_loop, f"experts: SLOW loop over experts; the grouped product does not run here ({fault})"
-
-
-def _fault(
-    compute: Callable[..., Tensor], hidden: int, width: int, device: torch.device, dtype: torch.dtype
-) -> str | None:
-    """Why `compute` fails on three experts with the strides of training, or None."""
-    rows = torch.ones(3, hidden, device=device, dtype=dtype, requires_grad=True)
-    counts = torch.tensor([2, 0, 1], device=device)
-    gate_up = torch.ones(3, 2 * width, hidden, device=device, dtype=dtype, requires_grad=True)
-    down = torch.ones(3, hidden, width, device=device, dtype=dtype, requires_grad=True)
-    factors = ExpertFactors(*(_ones_of_rank_one(weight) for weight in (gate_up, down)))
-    try:
-        compute(rows, counts, gate_up, down, factors).sum().backward()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
-
-
-def _ones_of_rank_one(weight: Tensor) -> LowRank:
-    experts, outputs, inputs = weight.shape
-    a, b = weight.new_ones(experts, 1, inputs), weight.new_ones(experts, outputs, 1)
-    return LowRank(a.requires_grad_(), b.requires_grad_(), 1.0)

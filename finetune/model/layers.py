@@ -1,25 +1,33 @@
 """Small layers shared by every block: norms, rotary embedding, the dense gated MLP, positions of packed documents."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x: Float[Tensor, "*any dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*any dim"]:
     """Zero-centred root-mean-square norm: x / rms(x) * (1 + weight), in float32, returned in the dtype of x.
 
     Source: `Qwen3NextRMSNorm`, transformers 5.23.
     """
+    normed = x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (normed * (1.0 + weight.float())).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """The weight of a zero-centred norm; `compute` is the definition or a kernel equal to it."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
+        self.compute: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
 
     def forward(self, x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-        normed = x.float() * (x.float().square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return (normed * (1.0 + self.weight.float())).to(x.dtype)
+        return self.compute(x, self.weight, self.eps)
 
 
 class GatedRMSNorm(nn.Module):

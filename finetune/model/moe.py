@@ -55,7 +55,12 @@ class ExpertFactors(NamedTuple):
 
 # Sets rows off for their experts; what it returns waits until those for this device have arrived.
 Exchange = Callable[[Tensor, Routing], Callable[[], Dispatched]]
+# Rows sorted by expert, rows per expert, the two stacked weights and their factors -> the experts' outputs.
 ExpertCompute = Callable[[Tensor, Tensor, Tensor, Tensor, ExpertFactors | None], Tensor]
+# Tokens, their routing, the two stacked weights, their factors, and what is added to the experts' weighted sum.
+LocalCompute = Callable[[Tensor, Routing, Tensor, Tensor, ExpertFactors | None, Tensor], Tensor]
+# Tokens, the router's weight, top k, whether the shares are normalised.
+Route = Callable[[Tensor, Tensor, int, bool], Routing]
 
 
 def exchange_locally(x: Float[Tensor, "tokens hidden"], routing: Routing) -> Callable[[], Dispatched]:
@@ -108,34 +113,42 @@ def experts_in_a_loop(
     return torch.cat(out)
 
 
-class Router(nn.Module):
+def route(
+    x: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "experts hidden"], top_k: int, normalise: bool
+) -> Routing:
     """Softmax over all experts, then the top k, renormalised to sum to 1 where the model says so; in float32.
 
     The released model computes the logits in its own dtype; float32 avoids the ties that bfloat16 makes at the edge of
     the top k, and makes recompute choose the same experts.
     """
+    logits = F.linear(x.float(), weight.float())
+    probabilities = logits.softmax(-1)
+    weights, experts = probabilities.topk(top_k, dim=-1)
+    if normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    chosen = experts.flatten()
+    return Routing(
+        experts,
+        weights.to(x.dtype),
+        # Not bincount, which waits for a GPU to learn the largest value.
+        rows=chosen.new_zeros(logits.shape[-1]).scatter_add_(0, chosen, torch.ones_like(chosen)),
+        probability_sum=probabilities.detach().sum(0, dtype=torch.float64),
+        z_sum=logits.detach().logsumexp(-1).square().sum(dtype=torch.float64),
+        logits=logits,
+    )
+
+
+class Router(nn.Module):
+    """The weights that choose experts; `compute` is the definition or a kernel equal to it."""
 
     def __init__(self, hidden: int, experts: int, top_k: int, normalise: bool):
         super().__init__()
         self.top_k, self.normalise = top_k, normalise
         self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.compute: Route = route
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
-        logits = F.linear(x.float(), self.weight.float())
-        probabilities = logits.softmax(-1)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)
-        if self.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        chosen = experts.flatten()
-        return Routing(
-            experts,
-            weights.to(x.dtype),
-            # Not bincount, which waits for a GPU to learn the largest value.
-            rows=chosen.new_zeros(logits.shape[-1]).scatter_add_(0, chosen, torch.ones_like(chosen)),
-            probability_sum=probabilities.detach().sum(0, dtype=torch.float64),
-            z_sum=logits.detach().logsumexp(-1).square().sum(dtype=torch.float64),
-            logits=logits,
-        )
+        return self.compute(x, self.weight, self.top_k, self.normalise)
 
 
 class Experts(nn.Module):
@@ -166,9 +179,10 @@ class Experts(nn.Module):
     def forward(
         self, rows: Float[Tensor, "rows hidden"], rows_per_expert: Int[Tensor, " local_experts"]
     ) -> Float[Tensor, "rows hidden"]:
-        return self.compute(rows, rows_per_expert, self.gate_up_proj, self.down_proj, self._factors())
+        return self.compute(rows, rows_per_expert, self.gate_up_proj, self.down_proj, self.factors())
 
-    def _factors(self) -> ExpertFactors | None:
+    def factors(self) -> ExpertFactors | None:
+        """What adapts the experts now; None without adapters, or while they are switched off."""
         if not self.lora_on or not self.lora_A:
             return None
         a, b, scale = self.lora_A, self.lora_B, self.lora_scale
@@ -178,7 +192,10 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus one shared expert behind a sigmoid gate."""
+    """Routed experts plus one shared expert behind a sigmoid gate.
+
+    Where all experts are on this device, `whole` may be a kernel that sorts, computes and combines in one.
+    """
 
     def __init__(self, config: ModelConfig, local_experts: int):
         super().__init__()
@@ -188,12 +205,19 @@ class MoE(nn.Module):
         self.shared_expert = MLP(hidden, config.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
         self.exchange: Exchange = exchange_locally
+        self.whole: LocalCompute | None = None
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> tuple[Float[Tensor, "tokens hidden"], Routing]:
         routing = self.gate(x)
+        if self.whole is not None:
+            gate_up, down, factors = self.experts.gate_up_proj, self.experts.down_proj, self.experts.factors()
+            return self.whole(x, routing, gate_up, down, factors, self._shared(x)), routing
         arrive = self.exchange(x, routing)
         # While rows travel; autograd goes back in the opposite order, so that in the backward pass too this is computed
         # while their gradients do.
-        shared = self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)
+        shared = self._shared(x)
         rows, rows_per_expert, restore = arrive()
         return restore(self.experts(rows, rows_per_expert)) + shared, routing
+
+    def _shared(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        return self.shared_expert_gate(x).sigmoid() * self.shared_expert(x)

@@ -1,0 +1,54 @@
+"""What the benchmarks share: device time of a function, the machine in words, results on disk."""
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+PEAK = 798e12  # dense bfloat16 operations a second of an H100 or H200 (SXM)
+
+
+def milliseconds(function: Callable[[], object], *, repeats: int = 20, warm_up: int = 3) -> tuple[float, float]:
+    """Median time of one call on the GPU, and half of the distance between the quartiles.
+
+    A large buffer is overwritten before every call, so that no call finds the last one's data in the cache.
+    """
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    for _ in range(warm_up):
+        function()
+    events = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in events]
+    quartiles = statistics.quantiles(times, n=4)
+    return statistics.median(times), (quartiles[2] - quartiles[0]) / 2
+
+
+def machine() -> dict[str, str]:
+    """Where these figures were measured, and with what."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
+    }
+
+
+def write_results(path: Path, values: dict[str, Any]) -> None:
+    """Write results as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(machine() | values, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,149 @@
+"""Tiles of a grouped product: how the rows of every expert are cut, and how a kernel reads a tile of rows or weights.
+
+A program computes one tile: rows of one expert, and a block of columns. Weights, and rows that need not be gathered,
+are read by descriptor (on Hopper by its copy engine) where their strides allow it, else by pointers. Columns beyond the
+last read zeros or wrap around, rows beyond the expert's last read some other row; neither is stored.
+"""
+
+from typing import NamedTuple, no_type_check
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from jaxtyping import Int
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Sizes(NamedTuple):
+    """Tile sides of the grouped products, and how a tile is computed."""
+
+    rows: int
+    columns: int  # of each of the two halves where gate and up are computed together
+    depth: int
+    warps: int
+    stages: int
+
+
+class Rows(NamedTuple):
+    """Which row of work belongs to which expert, and how the rows are cut into tiles."""
+
+    slot: Int[Tensor, " rows"] | None  # (token, choice) of each sorted row; None: rows are sorted as they are
+    top_k: int
+    starts: Int[Tensor, " experts_and_one"]  # first row of each expert, and the number of rows
+    tile_starts: Int[Tensor, " experts_and_one"]
+    tile_expert: Int[Tensor, " tiles"]  # number of experts where a tile is not used
+    rows: int
+
+
+def cut(slot: Tensor | None, top_k: int, rows_per_expert: Tensor, rows: int, dtype: torch.dtype) -> Rows:
+    """Cut every expert's rows into tiles; as many tiles as there could be at most, so that the host need not ask."""
+    experts = len(rows_per_expert)
+    side = row_side(rows, experts, dtype)
+    tiles = (rows_per_expert + side - 1) // side
+    starts, tile_starts = F.pad(torch.stack((rows_per_expert, tiles)).cumsum(1), (1, 0))
+    most = rows // side + min(experts, rows)
+    tile_expert = torch.searchsorted(tile_starts[1:], torch.arange(max(most, 1), device=starts.device), right=True)
+    return Rows(slot, top_k, starts, tile_starts, tile_expert, rows)
+
+
+def row_side(rows: int, experts: int, dtype: torch.dtype) -> int:
+    """Rows of a tile: few where experts get few, since a tile computes all of its rows."""
+    if dtype == torch.float32:
+        return 32
+    return 128 if rows >= 48 * experts else 64
+
+
+def sizes_of(kind: str, rows: Rows, dtype: torch.dtype, *, columns: int) -> Sizes:
+    """Tiles of one product, chosen by measurement (benchmarks/moe_layer.py) on a Hopper GPU."""
+    side = row_side(rows.rows, len(rows.starts) - 1, dtype)
+    if dtype == torch.float32:
+        sizes = Sizes(side, 32, 32, 4, 2)
+    else:
+        # Four stages of 128 x 64 and 256 x 64 numbers fill the shared memory of a multiprocessor.
+        sizes = Sizes(side, 128 if kind == "up" else 256, 64, 8, 4)
+    return sizes._replace(columns=min(sizes.columns, max(16, triton.next_power_of_2(columns))))
+
+
+def left_operand(x: Tensor, rows: Rows, sizes: Sizes, *, gathered: bool) -> tuple[Tensor | TensorDescriptor, str]:
+    """How a kernel reads its rows: gathered by token; by descriptor where they lie side by side and aligned; or not."""
+    if gathered and rows.slot is not None:
+        return x, "tokens"
+    if _is_aligned(x):
+        return TensorDescriptor.from_tensor(x, [sizes.rows, sizes.depth]), "descriptor"
+    return x, "rows"
+
+
+def right_operand(weight: Tensor, sizes: Sizes) -> tuple[Tensor | TensorDescriptor, str]:
+    """How a kernel reads tiles of W_e, (experts, columns, depth): by descriptor along what is contiguous, or not."""
+    if _is_aligned(weight):
+        return TensorDescriptor.from_tensor(weight, [1, sizes.columns, sizes.depth]), "columns"
+    if _is_aligned(weight.transpose(1, 2)):
+        return TensorDescriptor.from_tensor(weight.transpose(1, 2), [1, sizes.depth, sizes.columns]), "rows"
+    return weight, "pointers"
+
+
+def _is_aligned(x: Tensor) -> bool:
+    bytes_apart = [stride * x.element_size() for stride in x.stride()[:-1]]
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(apart % 16 == 0 for apart in bytes_apart)
+
+
+def strides(factor: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if factor is None else factor.stride()  # type: ignore[return-value]
+
+
+def constants(sizes: Sizes, depth: int, thin: Tensor | None) -> dict[str, int | bool]:
+    rank = 0 if thin is None else thin.shape[1]
+    return {
+        "BM": sizes.rows, "BN": sizes.columns, "BK": sizes.depth, "EVEN": depth % sizes.depth == 0,
+        "RANK": rank, "RANKS": max(16, triton.next_power_of_2(rank)) if rank else 0,
+        "num_warps": sizes.warps, "num_stages": sizes.stages,
+    }  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def weight_tile(weight, expert, column, k, columns, depth, e_stride, n_stride, k_stride,
+                 BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, BY: tl.constexpr):  # fmt: skip
+    """W_e^T, (BK, BN), from these first indices on. BY: "rows" or "columns" of W are contiguous, or "pointers"."""
+    if BY == "columns":
+        tile = weight.load([expert.to(tl.int32), column, k]).reshape(BN, BK).T
+    elif BY == "rows":
+        tile = weight.load([expert.to(tl.int32), k, column]).reshape(BK, BN)
+    else:
+        at = k + tl.arange(0, BK)
+        inside = (column + tl.arange(0, BN)) % columns
+        place = weight + expert * e_stride + inside[None, :] * n_stride + at[:, None] * k_stride
+        if EVEN:
+            tile = tl.load(place)
+        else:
+            tile = tl.load(place, mask=(at < depth)[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+@no_type_check
+def row_tile(x, source, row, k, depth, BK: tl.constexpr, EVEN: tl.constexpr, OF: tl.constexpr):
+    """Rows of x, (BM, BK): by pointers those of `source`, by descriptor those from `row` on."""
+    if OF != "descriptor":
+        at = k + tl.arange(0, BK)
+        place = x + source[:, None] * depth + at[None, :]
+        if EVEN:
+            tile = tl.load(place)
+        else:
+            tile = tl.load(place, mask=(at < depth)[None, :], other=0.0)
+    else:
+        tile = x.load([row.to(tl.int32), k])
+    return tile
+
+
+@triton.jit
+@no_type_check
+def add_thin(acc, thin, factor, row, expert, column, e_stride, n_stride, r_stride, RANK: tl.constexpr,
+              RANKS: tl.constexpr):  # fmt: skip
+    """acc + thin factor_e^T."""
+    at = tl.arange(0, RANKS)
+    left = tl.load(thin + row[:, None] * RANK + at[None, :], mask=at[None, :] < RANK, other=0.0)
+    right = factor + expert * e_stride + column[None, :] * n_stride + at[:, None] * r_stride
+    return tl.dot(left, tl.load(right, mask=at[:, None] < RANK, other=0.0), acc, input_precision="ieee")
