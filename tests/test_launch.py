@@ -114,7 +114,10 @@ def test_script_has_no_syntax_error_and_says_how_it_is_used(checkout: Checkout) 
         (["train"], "'train' is neither a command (setup, test) nor a recipe"),
         (["recipes/none.yaml"], "no recipe recipes/none.yaml"),
         (["--set", "steps"], "--set wants key=value"),
-        (["recipes/tiny.yaml", "--steps=3"], "after the recipe comes --set key=value, but got '--steps=3'"),
+        (
+            ["recipes/tiny.yaml", "--steps=3"],
+            "after the recipe come --set key=value and --hostfile FILE, but got '--steps=3'",
+        ),
         (["setup", "now"], "setup takes no arguments, but got: now"),
     ],
 )
