@@ -125,9 +125,10 @@ class _Watch:
     def _ended(self, host: str, code: int) -> None:
         if code == 0 or self.kill_at is not None:
             return
+        code = code if code > 0 else 128 - code  # as a shell counts the end by a signal
         why = "; ssh itself failed, or lost the host" if code == 255 else ""
         _say(f"{host} ended with exit code {code}{why}")
-        self.code = self.code or (code if code > 0 else 128 - code)
+        self.code = self.code or code
         if self.running and self.stop_at is None:
             self.stop_at = time.monotonic() + SECONDS_TO_SPEAK
 

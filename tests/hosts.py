@@ -163,12 +163,12 @@ def _environment(folder: Path) -> dict[str, str]:
     # What a login shell of a host would have set. OMP_NUM_THREADS is not among it: launch.sh hands it on.
     login = {name: value for name, value in given.items() if name != "OMP_NUM_THREADS"}
     assigned = " ".join(f"{name}={value}" for name, value in login.items())
-    _write_tool(tools / "ssh", SSH.format(path=path, folder=folder, environment=assigned))
-    _write_tool(tools / "nvidia-smi", "#!/bin/sh\nexit 9\n")
+    write_tool(tools / "ssh", SSH.format(path=path, folder=folder, environment=assigned))
+    write_tool(tools / "nvidia-smi", "#!/bin/sh\nexit 9\n")
     return {"PATH": path, "HOME": str(folder), "TMPDIR": os.environ.get("TMPDIR", "/tmp"), **given}
 
 
-def _write_tool(path: Path, text: str) -> None:
+def write_tool(path: Path, text: str) -> None:
     path.write_text(text)
     path.chmod(0o755)
 
