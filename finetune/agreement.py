@@ -11,7 +11,6 @@ import platform
 import secrets
 import socket
 import time
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import cast
@@ -69,16 +68,15 @@ def _check_shared(folder: Path, world: World) -> None:
     mark = there / f".shared-{token}"
     if world.is_main:
         mark.touch()
-    places = cast(Sequence[str], world.gather(str(there)))  # also: from here on the file is there
-    found = _appears(Path(places[0]) / mark.name)
-    answers = cast(list[tuple[bool, str]], world.gather((found, socket.gethostname())))
+    world.barrier()
+    answers = cast(list[tuple[bool, str, str]], world.gather((_appears(mark), socket.gethostname(), str(folder))))
     if world.is_main:
         mark.unlink(missing_ok=True)
-    blind = sorted({host for sees, host in answers if not sees})
+    blind = sorted({host for sees, host, _ in answers if not sees})
     if blind:
         raise RankError(
-            f"output.dir: {folder} on {', '.join(blind)} is not the folder that rank 0 sees on {answers[0][1]}; every"
-            " rank writes its part of a checkpoint there, so set output.dir to a disk that all hosts share"
+            f"output.dir: {answers[0][2]} on {', '.join(blind)} is not the folder that rank 0 sees on {answers[0][1]};"
+            " every rank writes its part of a checkpoint there, so set output.dir to a disk that all hosts share"
         )
 
 

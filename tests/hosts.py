@@ -6,6 +6,7 @@ disk. A host can die: all its processes at once, or its cable.
 
 import hashlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -122,7 +123,7 @@ def two_hosts(folder: Path, kind: str, *, own_disk: Path | None = None) -> Itera
         own_disk: a folder that the second host has for itself, empty; only with namespaces.
     """
     folder.mkdir()
-    names = [f"nextune-{os.getpid()}-{letter}" for letter in "ab"]
+    names = [f"nextune-{secrets.token_hex(3)}-{letter}" for letter in "ab"]
     addresses = ["10.77.0.1", "10.77.0.2"] if kind == "namespaces" else ["127.0.0.1", "127.0.0.2"]
     both = [Host(f"host-{letter}", address, name) for letter, address, name in zip("ab", addresses, names, strict=True)]
     hosts = Hosts(kind, folder, both, _environment(folder))

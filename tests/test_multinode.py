@@ -236,7 +236,8 @@ def test_a_run_folder_that_is_not_shared_is_refused(here: Place, tmp_path: Path)
 @pytest.mark.parametrize("hosts", KINDS[:1], indirect=True)
 def test_srun_trains_the_embedded_default_over_two_namespaces(hosts: Hosts, here: Place, tmp_path: Path) -> None:
     """`srun ./launch.sh` as it is documented: plan, training, export and summary by the first task alone."""
-    settings = ["--set", f"output.dir={tmp_path}/runs", "--set", "monitor.wandb=off"]
+    settings = [f"output.dir={tmp_path}/runs", "monitor.wandb=off", "train.steps=12", "train.eval_every_steps=0"]
+    settings = [word for setting in settings for word in ("--set", setting)]
     tasks = [
         hosts.start("bash", hosts.launch, *settings, on=host, cwd=tmp_path, **slurm(hosts, task))
         for task, host in enumerate(hosts.both)
@@ -246,6 +247,6 @@ def test_srun_trains_the_embedded_default_over_two_namespaces(hosts: Hosts, here
     for word in ("2 ranks (CPU, 1 a node)", "Training on 2 ranks that SLURM started", "merged model", "findings of"):
         assert word in first.out
     assert second.out == ""
-    assert records(tmp_path / "runs/tiny", "train")[-1]["step"] == 60
+    assert records(tmp_path / "runs/tiny", "train")[-1]["step"] == 12
     alone = end_of(hosts.start("bash", hosts.launch, *settings, cwd=tmp_path))
     assert (alone.code, alone.out.splitlines()[1]) == (0, "This job is complete already.")
