@@ -39,7 +39,7 @@ HELP
 }
 
 say() { printf '%s\n' "$*"; }
-complain() { printf 'launch.sh: %s\n' "$*" >&2; }
+complain() { printf 'launch.sh: %s\n' "$*" >&2 || true; } # nobody may be listening any more; what follows matters
 fail() {
   complain "$@"
   exit 1
@@ -315,7 +315,7 @@ end_with_stdin() { # a process that ends this one as a signal would, when its st
   trap '' PIPE # who gave it may have gone, and what reads our output with it; there are ranks to stop all the same
   exec 8<&0
   { while read -r -u 8; do :; done && kill -TERM $$; } </dev/null >/dev/null 2>&1 &
-  trap "kill $! 2>/dev/null" EXIT
+  trap "kill $! 2>/dev/null || true" EXIT
   exec 8<&- </dev/null
 }
 
