@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetune import agreement
 from finetune.agreement import check_agreement, refuse_differences
 from finetune.failure import LostRankError, is_told, tell, told_by_every_host
 from finetune.launch import fit_to_ranks, is_lost_connection, ranks_here
@@ -20,68 +21,82 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe(CHECKOUT / "recipes/tiny.yaml", overrides)
 
 
-def agree(rank: int, runs: list[Path], bases: list[Path], seeds: list[int]) -> str | None:
-    """What a rank is told when its folder, base model or recipe is its own."""
+# What is the second rank's own; all else is the same on both.
+OWN: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "run folder": {"runs": "two"},
+    "base model": {"base": "other"},
+    "recipe": {"seed": 1},
+    "libraries": {"libraries": "torch 2.14, numpy 2.0"},
+}
+
+
+def told(rank: int, folder: Path) -> dict[str, str | None]:
+    """What this rank is told in each case."""
     world = worlds.start(1)
-    try:
-        check_agreement(recipe(f"train.seed={seeds[rank]}"), runs[rank] / "tiny", bases[rank], world)
-    except RankError as error:
-        return str(error)
-    return None
+    answers: dict[str, str | None] = {}
+    agreement.SECONDS_TO_APPEAR = 1  # in this process, which is the rank's own
+    for case, own in OWN.items():
+        mine = {"runs": "one", "base": "base", "seed": 0, "libraries": "torch 2.13, numpy 2.0"} | (own if rank else {})
+        try:
+            refuse_differences({"Python and its libraries": mine["libraries"]}, world)
+            runs, base = folder / mine["runs"] / "tiny", folder / mine["base"]
+            check_agreement(recipe(f"train.seed={mine['seed']}"), runs, base, world)
+            answers[case] = None
+        except RankError as error:
+            answers[case] = str(error)
+    return answers
 
 
-def base(folder: Path, weights: bytes) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(weights)
-    return folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two run folders, and two base models that differ in one byte."""
+    made = tmp_path_factory.mktemp("agreement")
+    for name in ("one", "two", "base", "other"):
+        (made / name).mkdir()
+    for name in ("base", "other"):
+        (made / name / "config.json").write_text("{}")
+        (made / name / "model.safetensors").write_text(name[0])
+    return made
 
 
-def test_ranks_with_the_same_of_everything_leave_nothing_behind(tmp_path: Path) -> None:
-    same = base(tmp_path / "base", b"1")
-    assert ranks(2, agree, [tmp_path] * 2, [same] * 2, [0, 0]) == [None, None]
-    assert list(tmp_path.iterdir()) == [same]
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> dict[str, str | None]:
+    first, second = ranks(2, told, folder)
+    assert first == second  # on all ranks alike, so that none waits for one that has left
+    return first
 
 
-def test_a_folder_that_is_not_shared_is_refused_on_every_rank(tmp_path: Path) -> None:
-    same, own = base(tmp_path / "base", b"1"), [tmp_path / "one", tmp_path / "two"]
-    for folder in own:
-        folder.mkdir()
-    (own[0] / "only-here").mkdir()
-    first, second = ranks(2, agree, [own[0] / "only-here", own[1] / "only-here"], [same] * 2, [0, 0])
-    assert first == second
-    assert first.startswith("output.dir: ")
-    assert "so set output.dir to a disk that all hosts share" in first
-    assert not list((own[0] / "only-here").iterdir())
+def test_ranks_with_the_same_of_everything_go_on(answers: dict[str, str | None]) -> None:
+    assert answers["nothing"] is None
+
+
+def test_a_run_folder_that_is_not_shared_is_refused(answers: dict[str, str | None], folder: Path) -> None:
+    sentence = answers["run folder"]
+    assert sentence is not None
+    assert sentence.startswith(f"output.dir: {folder}/one/tiny on ")
+    assert sentence.endswith("so set output.dir to a disk that all hosts share")
+    assert not list((folder / "one").iterdir())  # nothing is left of the proof
+    assert not list((folder / "two").iterdir())
 
 
 @pytest.mark.parametrize(
-    ("second", "sentence"),
+    ("case", "sentence"),
     [
-        ({"weights": b"2"}, "the base model in {folder}/other on "),
-        ({"seed": 1}, "the recipe on "),
+        ("base model", "the base model in {folder}/other on "),
+        ("recipe", "the recipe on "),
+        ("libraries", "Python and its libraries on "),
     ],
 )
-def test_what_differs_is_named_with_its_host(tmp_path: Path, second: dict[str, Any], sentence: str) -> None:
-    one, other = base(tmp_path / "base", b"1"), base(tmp_path / "other", second.get("weights", b"1"))
-    told = ranks(2, agree, [tmp_path] * 2, [one, other], [0, second.get("seed", 0)])
-    assert told[0] == told[1]
-    assert told[0].startswith(sentence.format(folder=tmp_path))
-    assert "(rank 1) differs from " in told[0]
-
-
-def test_other_libraries_are_named_with_both_versions() -> None:
-    told = ranks(2, with_other_libraries)
-    assert told[0] == told[1]
-    assert "(torch 2.14, numpy 2.0 there, torch 2.13, numpy 2.0 here)" in told[0]
-
-
-def with_other_libraries(rank: int) -> str:
-    try:
-        refuse_differences({"Python and its libraries": f"torch 2.1{3 + rank}, numpy 2.0"}, worlds.start(1))
-    except RankError as error:
-        return str(error)
-    raise AssertionError("nothing was refused")
+def test_what_differs_is_named_with_its_host(
+    case: str, sentence: str, answers: dict[str, str | None], folder: Path
+) -> None:
+    said = answers[case]
+    assert said is not None
+    assert said.startswith(sentence.format(folder=folder))
+    assert "(rank 1) differs from " in said
+    if case == "libraries":
+        assert "(torch 2.14, numpy 2.0 there, torch 2.13, numpy 2.0 here)" in said
 
 
 # Another number of ranks.
@@ -100,13 +115,13 @@ def with_other_libraries(rank: int) -> str:
     ],
 )
 def test_fewer_ranks_share_the_experts_out_by_one_rule(written: tuple[int, int], size: int, expert: int) -> None:
-    told: list[str] = []
+    said: list[str] = []
     parallel = [f"parallel.ranks={written[0]}", f"parallel.expert={written[1]}", "train.global_batch_tokens=49152"]
     asked = recipe(*parallel)
-    fitted = fit_to_ranks(asked, size, told.append)
+    fitted = fit_to_ranks(asked, size, said.append)
     assert fitted.parallel.expert == expert
     assert fitted.train == asked.train
-    assert bool(told) == (expert != written[1])
+    assert bool(said) == (expert != written[1])
     fitted.check_ranks(size, 512)
 
 

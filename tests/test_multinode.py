@@ -4,6 +4,7 @@ Where this machine permits it the hosts are two network namespaces joined by a c
 which the launch, the meeting and the exchange are the same, and only the network is not.
 """
 
+import os
 import signal
 import sys
 import time
@@ -250,3 +251,28 @@ def test_srun_trains_the_embedded_default_over_two_namespaces(hosts: Hosts, here
     assert records(tmp_path / "runs/tiny", "train")[-1]["step"] == 12
     alone = end_of(hosts.start("bash", hosts.launch, *settings, cwd=tmp_path))
     assert (alone.code, alone.out.splitlines()[1]) == (0, "This job is complete already.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_of_slurm_to_every_process_saves_once_and_is_resumable(
+    hosts: Hosts, here: Place, asked: signal.Signals
+) -> None:
+    """The shells of launch.sh get it too, and may neither die of it nor hand it on, which would be asking twice."""
+    folder = here.run_folder(f"{hosts.kind}-{asked.name}-by-slurm")
+    rare = {"train__steps": 400, "train__eval_every_steps": 0, "checkpoint__every_steps": 0}
+    arguments = job(hosts, here, f"{asked.name}-by-slurm", **rare)
+    tasks = [
+        hosts.start("bash", hosts.launch, *arguments, on=host, cwd=here.folder, **slurm(hosts, task))
+        for task, host in enumerate(hosts.both)
+    ]
+    wait_for_step(tasks[0], folder, 3)
+    for host in hosts.both:
+        for process in host.processes():
+            os.kill(process, asked)
+    first, second = (end_of(task) for task in tasks)
+    assert f"{asked.name}: saved and stopped, resumable" in first.out
+    assert "launch.sh: the training ended, but its run is not complete; the same command continues it" in first.err
+    assert (first.code, second.code) == (1, 0)
+    assert len(list((folder / "checkpoints").glob("step-*/manifest.json"))) == 1
+    assert nobody_is_left(hosts)
