@@ -9,8 +9,13 @@ VENV=$ROOT/.venv
 STAMP=$VENV/set-up
 LOG=$VENV/setup.log
 TORCH_WITHOUT_GPU=torch==2.13.0
-GPU=   # "yes" on a machine with an NVIDIA GPU
-GROUP= # process group of the launcher and its ranks while they run
+PORT_OF_HOSTS=29500 # where the ranks of several hosts meet, on the first of them
+GPU=                # "yes" on a machine with an NVIDIA GPU
+GROUP=              # process group of the launcher and its ranks while they run
+OVERRIDES=()        # --set key=value ... of the command line
+# The other options of a job, "" when not given; as usage says.
+HOSTFILE= NODE_RANK= MASTER_ADDR_GIVEN= MASTER_PORT_GIVEN=
+WITH_STDIN= # "yes": the job ends when standard input does, that is when whoever started it has gone
 
 usage() {
   cat <<'HELP'
@@ -18,18 +23,23 @@ Nextune: fine-tune Qwen3-Next and Qwen3-Coder-Next.
 
   ./launch.sh [--set key=value ...]              set up, then run the embedded default (recipes/tiny.yaml)
   ./launch.sh RECIPE.yaml [--set key=value ...]  set up, then plan and run that recipe
+  ./launch.sh RECIPE.yaml --hostfile HOSTS ...   the same over the hosts of a file (lines of NAME slots=N), by ssh
+  ./launch.sh RECIPE.yaml --hostfile HOSTS --node-rank I ...
+                                                 the same without ssh: type it on every host, I its line from 0
+  srun ... ./launch.sh RECIPE.yaml ...           the same under SLURM: every task is a rank
   ./launch.sh test [--fast|--all] [pytest ...]   set up with the development tools, then format, lint, types and tests
                                                  (--fast stops before the tests, --all adds the slow ones)
   ./launch.sh setup                              only set up
   ./launch.sh --help                             this text
 
 The set-up makes .venv in this checkout with Python 3.11 or newer (PYTHON=/path/to/python picks one); it is done once.
-A job that was stopped continues when the same command is given again.
+A job that was stopped continues when the same command is given again, on fewer hosts too. Over several hosts
+(docs/multi-node.md) the ranks meet at the first one; --master-addr and --master-port say where else.
 HELP
 }
 
 say() { printf '%s\n' "$*"; }
-complain() { printf 'launch.sh: %s\n' "$*" >&2; }
+complain() { printf 'launch.sh: %s\n' "$*" >&2 || true; } # nobody may be listening any more; what follows matters
 fail() {
   complain "$@"
   exit 1
@@ -59,25 +69,64 @@ main() {
       if [[ ! -f $recipe && -f $ROOT/$recipe ]]; then recipe=$ROOT/$recipe; fi
       [[ -f $recipe ]] || fail "no recipe $recipe, neither here nor in $ROOT"
       ;;
-    "" | --set | --set=*) ;;
+    "" | --*) ;;
     *) fail "'$1' is neither a command (setup, test) nor a recipe (a .yaml file); ./launch.sh --help lists what is" ;;
   esac
-  refuse_other_than_overrides "$@"
-  set_up run
-  run_job "$recipe" "$@"
+  read_options "$@"
+  if [[ -n $HOSTFILE && -z $NODE_RANK ]]; then
+    set_up run
+    lead_hosts "$recipe"
+  elif [[ -n $HOSTFILE ]] || is_slurm_task; then
+    require_set_up # many at once would make it over each other
+  else
+    set_up run
+  fi
+  run_job "$recipe"
 }
 
-refuse_other_than_overrides() { # what follows the recipe
+read_options() { # what follows the recipe
   while [[ $# -gt 0 ]]; do
     case $1 in
-      --set=*=*) shift ;;
-      --set)
-        [[ ${2:-} == *=* ]] || fail "--set wants key=value, such as --set optim.lr=1e-4, but got '${2:-nothing}'"
-        shift 2
+      --set=*=*)
+        OVERRIDES+=("$1")
+        shift
+        continue
         ;;
-      *) fail "after the recipe comes --set key=value, but got '$1'" ;;
+      --with-stdin)
+        WITH_STDIN=yes
+        shift
+        continue
+        ;;
+      --set) [[ ${2:-} == *=* ]] || fail "--set wants key=value, such as --set optim.lr=1e-4, but got '${2:-nothing}'" ;;
+      --hostfile | --node-rank | --master-addr | --master-port)
+        [[ -n ${2:-} && $2 != --* ]] || fail "$1 wants a value, but got '${2:-nothing}'"
+        ;;
+      *) fail "after the recipe come --set key=value and --hostfile FILE, but got '$1'; ./launch.sh --help lists all" ;;
     esac
+    case $1 in
+      --set) OVERRIDES+=("$1" "$2") ;;
+      --hostfile) HOSTFILE=$(readlink -f "$2") || fail "no hostfile $2" ;;
+      --node-rank) NODE_RANK=$2 ;;
+      --master-addr) MASTER_ADDR_GIVEN=$2 ;;
+      --master-port) MASTER_PORT_GIVEN=$2 ;;
+    esac
+    shift 2
   done
+  [[ -z $NODE_RANK || $NODE_RANK =~ ^[0-9]+$ ]] || fail "--node-rank wants a number from 0, but got '$NODE_RANK'"
+  [[ -n $HOSTFILE || -z $NODE_RANK$MASTER_ADDR_GIVEN$MASTER_PORT_GIVEN ]] \
+    || fail "--node-rank, --master-addr and --master-port go with --hostfile FILE"
+}
+
+is_slurm_task() { # srun started this as one of several tasks; a batch script, or srun --pty bash, is none
+  [[ -n ${SLURM_PROCID:-} && ${SLURM_STEP_NUM_TASKS:-1} -gt 1 ]]
+}
+
+leads() { # whether this process speaks for the job: the only one, that of the first host, or SLURM's first task
+  if [[ -n $HOSTFILE ]]; then
+    [[ $NODE_RANK -eq 0 ]]
+  elif is_slurm_task; then
+    [[ $SLURM_PROCID -eq 0 ]]
+  fi
 }
 
 # The set-up.
@@ -104,6 +153,14 @@ set_up() { # run|dev
     say "Set-up: done."
   fi
   exec 9<&-
+}
+
+require_set_up() {
+  local installed
+  installed=$(sed -n 2p "$STAMP" 2>/dev/null) || installed=
+  [[ $(sed -n 1p "$STAMP" 2>/dev/null) == "$(identity)" && $installed =~ ^("$(contents run)"|"$(contents dev)")$ ]] \
+    || fail "on $(uname -n): $ROOT is not set up; run ./launch.sh setup there first (under SLURM, for a checkout that" \
+      "all nodes share: srun -N1 -n1 ./launch.sh setup)"
 }
 
 identity() { # the .venv that is here; not what the stamp says when it was moved or PYTHON now asks for another
@@ -188,17 +245,43 @@ sys.exit(sys.prefix != sys.base_prefix or torch.version.cuda is None)' 2>/dev/nu
 
 # A job.
 
-run_job() { # the recipe, then its overrides
-  local job ranks run
-  job=(--recipe "$@")
+lead_hosts() { # the recipe: this same script on every host, each of which then knows which one it is
+  local command=(bash "$ROOT/launch.sh" "$(readlink -f "$1")" "${OVERRIDES[@]}" --hostfile "$HOSTFILE" --with-stdin)
+  if [[ -n $MASTER_ADDR_GIVEN ]]; then command+=(--master-addr "$MASTER_ADDR_GIVEN"); fi
+  if [[ -n $MASTER_PORT_GIVEN ]]; then command+=(--master-port "$MASTER_PORT_GIVEN"); fi
+  export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
+  exec python -P -m finetune across "$HOSTFILE" "${command[@]}"
+}
+
+run_job() { # the recipe
+  local job run ranks nodes here first shape=()
+  job=(--recipe "$1" "${OVERRIDES[@]}")
   export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV TOKENIZERS_PARALLELISM=false
   if [[ -z $GPU || -z ${CUDA_VISIBLE_DEVICES-all} ]]; then export DS_ACCELERATOR=cpu; fi
-  ranks=$(finetune ranks "${job[@]}")
+  if [[ -n $WITH_STDIN ]]; then end_with_stdin; fi
+  if [[ -n $HOSTFILE ]]; then
+    first=$(finetune hosts "$HOSTFILE" --node-rank "$NODE_RANK")
+    read -r ranks nodes here first <<<"$first"
+    shape=(--ranks "$ranks" --nodes "$nodes")
+  elif is_slurm_task; then
+    shape=(--ranks "$SLURM_STEP_NUM_TASKS" --nodes "$SLURM_STEP_NUM_NODES")
+  else
+    ranks=$(finetune ranks "${job[@]}")
+  fi
   if run=$(finetune finished "${job[@]}" 2>/dev/null); then
+    leads || return 0
     say "This job is complete already."
   else
-    finetune plan "${job[@]}"
-    train "$ranks" "${job[@]}"
+    plan_job "${job[@]}" "${shape[@]}"
+    if [[ -n $HOSTFILE ]]; then
+      train "$here" "${job[@]}" -- --hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" \
+        --master_addr "${MASTER_ADDR_GIVEN:-$first}" --master_port "${MASTER_PORT_GIVEN:-$PORT_OF_HOSTS}"
+    elif is_slurm_task; then
+      train_task "${job[@]}"
+    else
+      train "$ranks" "${job[@]}"
+    fi
+    leads || return 0 # the first host says whether the run is complete
     run=$(finetune finished "${job[@]}") || fail "the training ended, but its run is not complete; the same command" \
       "continues it from its last checkpoint"
     rm -rf "$run/merged" # of an earlier training with fewer steps
@@ -213,18 +296,51 @@ finetune() { # PYTHONPATH and -P: our packages come from this checkout, never fr
   PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} python -P -m finetune "$@"
 }
 
-train() { # number of ranks, then the job
-  local where=(--num_gpus "$1") code=0 cores
+plan_job() { # the job: every host for itself, since none may wait for one on which it does not fit
+  local out code=0
+  if leads; then
+    finetune plan "$@"
+  else
+    out=$(finetune plan "$@" 2>&1) || code=$?
+    if [[ $code -ne 0 ]]; then
+      if [[ ${SLURM_LOCALID:-0} -eq 0 ]]; then
+        complain "on $(uname -n): $(grep -E 'NOT fit|^nextune' <<<"$out" || printf '%s' "$out")"
+      fi
+      exit "$code"
+    fi
+  fi
+}
+
+end_with_stdin() { # a process that ends this one as a signal would, when its standard input ends
+  trap '' PIPE # who gave it may have gone, and what reads our output with it; there are ranks to stop all the same
+  exec 8<&0
+  { while read -r -u 8; do :; done && kill -TERM $$; } </dev/null >/dev/null 2>&1 &
+  trap "kill $! 2>/dev/null || true" EXIT
+  exec 8<&- </dev/null
+}
+
+train() { # number of ranks here, then the job; for several hosts also --, and what the launcher is to be told of them
+  local ranks=$1 job=() where=() code=0 cores
+  shift
+  while [[ $# -gt 0 && $1 != -- ]]; do
+    job+=("$1")
+    shift
+  done
   cores=$(nproc)
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
-  # The launcher takes the GPUs that CUDA_VISIBLE_DEVICES names only when it is not told a number.
-  if [[ ${DS_ACCELERATOR:-} != cpu && -n ${CUDA_VISIBLE_DEVICES:-} ]]; then where=(); fi
-  where+=(--master_port "$(free_port)")
-  say "Training on $1 rank(s): deepspeed ${where[*]} finetune/train.py ${*:2}"
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+  if [[ $# -gt 0 ]]; then
+    where=("${@:2}")
+    say "Training on host $NODE_RANK, $ranks rank(s): deepspeed ${where[*]} finetune/train.py ${job[*]}"
+  else
+    # The launcher takes the GPUs that CUDA_VISIBLE_DEVICES names only when it is not told a number.
+    if [[ ${DS_ACCELERATOR:-} == cpu || -z ${CUDA_VISIBLE_DEVICES:-} ]]; then where=(--num_gpus "$ranks"); fi
+    where+=(--master_port "$(free_port)")
+    say "Training on $ranks rank(s): deepspeed ${where[*]} finetune/train.py ${job[*]}"
+  fi
   trap 'stop_training INT 130' INT
   trap 'stop_training TERM 143' TERM HUP
   set -m # the launcher and its ranks get a process group of their own
-  deepspeed -q "${where[@]}" "$ROOT/finetune/train.py" "${@:2}" </dev/null &
+  deepspeed -q "${where[@]}" "$ROOT/finetune/train.py" "${job[@]}" </dev/null &
   GROUP=$!
   set +m
   wait "$GROUP" || code=$?
@@ -235,9 +351,26 @@ train() { # number of ranks, then the job
     end_group
     code=$((code ? code : 1))
   fi
-  if [[ $code -ne 0 ]]; then
-    complain "the training stopped with exit code $code; the same command continues it from its last checkpoint"
-    exit "$code"
+  report_end "$code"
+}
+
+train_task() { # the job, on one rank that SLURM started
+  local code=0
+  if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}; fi
+  if leads; then
+    say "Training on $SLURM_STEP_NUM_TASKS ranks that SLURM started: finetune/train.py $*"
+  fi
+  # SLURM signals every process of a task, the rank too, which saves and ends; here it is only waited for.
+  trap : INT TERM HUP USR1
+  python "$ROOT/finetune/train.py" "$@" </dev/null || code=$?
+  trap - INT TERM HUP USR1
+  report_end "$code"
+}
+
+report_end() { # the exit code of the training; leaves with it unless it is 0
+  if [[ $1 -ne 0 ]]; then
+    complain "the training stopped with exit code $1; the same command continues it from its last checkpoint"
+    exit "$1"
   fi
 }
 

@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from finetune.failure import is_told, tell
+from finetune.exchange_plan import Links
+from finetune.failure import is_told, tell, told_by_every_host
+from finetune.hosts import describe, read_hostfile, run_on_hosts
+from finetune.parallel.slurm import task_environment
 from finetune.recipe import Recipe, load_recipe, resolve
 
 
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = options.command
-        if command not in (finished, keys):
+        if command not in (finished, keys, hosts, across):
             _name_accelerator()
         return command(options)
     except ValueError as error:
@@ -43,7 +46,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train, or go on with, the run of a recipe. Started once on every rank."""
-    recipe = _recipe(options)
+    os.environ.update(task_environment(os.environ))
+    with told_by_every_host():
+        recipe = _recipe(options)
     from finetune.launch import train_here
 
     return train_here(recipe)
@@ -62,7 +67,13 @@ def plan(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     from finetune.launch import print_plan
 
-    return print_plan(recipe, ranks=options.ranks, device_gib=options.device_gib)
+    return print_plan(
+        recipe,
+        ranks=options.ranks,
+        nodes=options.nodes,
+        device_gib=options.device_gib,
+        links=Links(node_gbit=options.node_gbit, network_gbit=options.network_gbit),
+    )
 
 
 def data(options: argparse.Namespace) -> int:
@@ -103,6 +114,17 @@ def summary(options: argparse.Namespace) -> int:
     return print_summary(options.run)
 
 
+def hosts(options: argparse.Namespace) -> int:
+    """Print ranks, hosts, ranks on one host and the first host's address of a hostfile."""
+    print(describe(read_hostfile(options.hostfile), options.node_rank))
+    return 0
+
+
+def across(options: argparse.Namespace) -> int:
+    """Run a command on every host of a hostfile by ssh, and end it everywhere when it fails on one."""
+    return run_on_hosts(read_hostfile(options.hostfile), options.words, os.environ)
+
+
 def keys(_: argparse.Namespace) -> int:
     """Print every key of a recipe with its unit, default and meaning."""
     from finetune.recipe import explain
@@ -135,6 +157,19 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
         if command is plan:
             sub.add_argument("--ranks", type=_positive(int), help="plan for so many ranks, not for this machine")
+            sub.add_argument("--nodes", type=_positive(int), help="over how many machines the ranks are spread evenly")
+            sub.add_argument(
+                "--network-gbit",
+                type=_positive(float),
+                help="what the network of one machine carries each way, in Gbit/s over all its cards; gives the time"
+                " of the exchange between machines",
+            )
+            sub.add_argument(
+                "--node-gbit",
+                type=_positive(float),
+                help="what the links of one GPU to the others of its machine carry each way, in Gbit/s; NVLink of an"
+                " H100 or H200 (3600) where there is one",
+            )
             sub.add_argument(
                 "--device-gib", type=_positive(float), help="plan for GPUs with so much memory, not for this machine"
             )
@@ -147,6 +182,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
             sub.add_argument("--format", choices=("merged", "adapter"), required=True)
             sub.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest, best or step-N")
+    for command in (hosts, across):
+        sub = _add(commands, command)
+        sub.add_argument("hostfile", type=Path, metavar="HOSTFILE", help="lines of NAME slots=N")
+        if command is hosts:
+            sub.add_argument("--node-rank", type=int, default=0, metavar="I", help="which host, from 0")
+        else:
+            sub.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="and its arguments")
     _add(commands, keys)
     return parser
 

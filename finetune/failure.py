@@ -7,7 +7,8 @@ import socket
 import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -19,6 +20,10 @@ SECONDS_TO_SPEAK = 60
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
+class LostRankError(ValueError):
+    """Another rank ended while this one needed it; each rank that notices says so itself."""
+
+
 def is_told(error: BaseException) -> bool:
     """Whether this error is one of ours, whose message is the whole story; others are bugs and keep their traceback."""
     return isinstance(error, ValueError) and type(error).__module__.startswith(("finetune.", "data.", "monitoring."))
@@ -28,8 +33,24 @@ def tell(error: ValueError) -> None:
     """Print, once, a mistake that every rank has found; returns on the other ranks when rank 0 has had time to."""
     if os.environ.get("RANK", "0") == "0":
         print(f"nextune: {error}", file=sys.stderr, flush=True)
+    elif isinstance(error, LostRankError):  # rank 0 may be the one that is gone
+        print(f"nextune: rank {os.environ['RANK']} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(SECONDS_TO_SPEAK)
+
+
+@contextmanager
+def told_by_every_host() -> Iterator[None]:
+    """Before the ranks have joined: a mistake found inside is told by the first rank of each host, not by rank 0 alone.
+
+    It may be one that only this host has, such as a file that is missing there.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if is_told(error) and os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0":
+            print(f"nextune: {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        raise
 
 
 def leave(code: int) -> NoReturn:

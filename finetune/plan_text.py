@@ -1,5 +1,6 @@
 """A plan in words and numbers, for a terminal."""
 
+from finetune.exchange_plan import Exchange
 from finetune.planner import FREE_FRACTION, GIB, SHARE_FUSED, SHARE_PLAIN, Plan
 
 
@@ -66,12 +67,38 @@ def _work(plan: Plan) -> list[str]:
         f"  a token: {_operations(plan.operations)} operations"
         + (f", and {_operations(plan.recomputed)} computed again" if plan.recomputed else ""),
         f"  the run: {_operations(tokens * (plan.operations + plan.recomputed))} operations",
+        *(_exchange(plan.exchange) if plan.exchange is not None else []),
     ]
     speed = plan.tokens_per_second
     if speed is None:
         return [*lines, "  time: no estimate; nothing of this kind was measured on this kind of machine"]
     slow, fast = (tokens / rate for rate in speed)
     return [*lines, f"  time: {_duration(fast)} to {_duration(slow)} ({speed[1]:,.0f} to {speed[0]:,.0f} tokens/s)"]
+
+
+def _exchange(made: Exchange) -> list[str]:
+    """What the ranks send each other, and how long that takes at least."""
+    passes = f"{made.forward_passes} forward pass{'es' if made.forward_passes > 1 else ''} and the backward pass"
+
+    def sizes(times: int) -> str:
+        places = ((made.node_bytes, "within its machine"), (made.network_bytes, "over the network"))
+        return " and ".join(f"{_amount(size * times)} {where}" for size, where in places if size)
+
+    lines = [
+        f"  exchange of rows between experts, in {passes}: a rank sends {sizes(1)} a layer and micro-batch,"
+        f" {sizes(made.times)} a step"
+    ]
+    links = made.links
+    node = f"{links.node_gbit:,.0f} Gbit/s a rank within a machine" if made.node_bytes and links.node_gbit else ""
+    network = f"{links.network_gbit:,.0f} Gbit/s a machine" if made.network_bytes and links.network_gbit else ""
+    if made.seconds is None:
+        missing = "--network-gbit" if made.network_bytes and not links.network_gbit else "--node-gbit"
+        return [*lines, f"  its time: not known; {missing} says what the links carry"]
+    return [
+        *lines,
+        f"  its time: at least {made.seconds:,.3g} s a step at {' and '.join(filter(None, (node, network)))};"
+        " what of it other work hides was not measured",
+    ]
 
 
 def _disk(plan: Plan) -> list[str]:
@@ -104,6 +131,10 @@ def _row(name: str, size: int) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:,.1f}" if size >= GIB / 10 else f"{size / GIB:,.3f}"
+
+
+def _amount(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:,.2f} MiB"
 
 
 def _operations(count: float) -> str:

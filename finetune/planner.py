@@ -14,6 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from finetune import activations
 from finetune.activations import FLOAT32
 from finetune.arithmetic import recompute_operations, step_operations
+from finetune.exchange_plan import NVLINK_GBIT, UNKNOWN, Exchange, Links, exchange
 from finetune.model.config import ModelConfig
 from finetune.recipe import CHECKOUT, Recipe, RecipeError, resolve
 
@@ -43,6 +44,7 @@ class Machine:
     device_bytes: int | None
     host_bytes: int | None = None  # memory of one node, if known
     disk_bytes: int | None = None  # free where the run folder goes, if known
+    links: Links = UNKNOWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +140,38 @@ class Plan:
         once = recompute_operations(
             self.config, self.recipe.train.sequence_tokens, adapter_parameters=self.active_adapters
         )
+        return once * (self.forward_passes - 1)
+
+    @property
+    def forward_passes(self) -> int:
+        """Forward passes of each micro-batch: one, once more when recomputed, once more when load is counted ahead."""
         balance = self.recipe.router.balance
         counts_ahead = balance.coefficient > 0 and balance.kind == "global" and self.accumulation > 1
-        return once * ((self.recipe.train.recompute == "full") + counts_ahead)
+        return 1 + (self.recipe.train.recompute == "full") + counts_ahead
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """What expert-parallel ranks send each other in a step; None where every rank holds all experts."""
+        config, train, expert = self.config, self.recipe.train, self.recipe.parallel.expert
+        if expert == 1:
+            return None
+        name, links = self.machine.device_name, self.machine.links
+        if links.node_gbit is None and ("H100" in name or "H200" in name) and "PCIe" not in name:
+            links = replace(links, node_gbit=NVLINK_GBIT)
+        return exchange(
+            layers=len(config.moe_layers),
+            micro_batches=self.accumulation,
+            tokens=train.micro_batch_tokens,
+            hidden=config.hidden_size,
+            weight_bytes=self.weight_bytes,
+            num_experts=config.num_experts,
+            experts_per_token=config.num_experts_per_tok,
+            expert_size=expert,
+            ranks=self.machine.ranks,
+            ranks_per_node=self.machine.ranks_per_node,
+            forward_passes=self.forward_passes,
+            links=links,
+        )
 
     @property
     def tokens_per_second(self) -> tuple[float, float] | None:

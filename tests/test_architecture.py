@@ -21,6 +21,7 @@ RECIPE = (
 )
 PLAN = (
     *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text"),
+    "finetune.exchange_plan",
     *("finetune.recipe", "finetune.recipe_sections", "finetune.model.config"),
 )
 # A file whose path starts with the left side may import nothing whose name starts with a word on the right.
@@ -47,6 +48,7 @@ ALLOWED = {
     "finetune/activations.py": PLAN,
     "finetune/arithmetic.py": PLAN,
     "finetune/plan_text.py": PLAN,
+    "finetune/exchange_plan.py": (),
     "finetune/model/": ("finetune.model",),
     "finetune/kernels/": ("finetune.model", "finetune.kernels"),
     "finetune/checkpoint/": ("finetune.model", "finetune.checkpoint", "monitoring.files"),

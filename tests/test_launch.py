@@ -30,6 +30,9 @@ echo "$name $*" >>"$CALLS"
 case "$name $*" in
   "python -m pip"*) [[ -z ${{PIP_FAILS:-}} ]] || {{ echo "no route to the index"; exit 1; }} ;;
   "python -P -m finetune ranks"*) echo 2 ;;
+  "python -P -m finetune hosts"*) echo 5 2 3 node1 ;;
+  "python -P -m finetune plan"*) [[ -z ${{PLAN_FAILS:-}} ]] || {{ echo "Does NOT fit: 9 GiB."; exit 1; }} ;;
+  "python "*/finetune/train.py*) [[ ${{TRAINING:-}} == fails ]] && exit 7 || touch "$RUN/finished" ;;
   "python -P -m finetune finished"*) [[ -e $RUN/finished ]] && echo "$RUN" ;;
   "python -P -m finetune export"*) mkdir -p "$RUN/merged" ;;
   deepspeed*)
@@ -114,8 +117,15 @@ def test_script_has_no_syntax_error_and_says_how_it_is_used(checkout: Checkout) 
         (["train"], "'train' is neither a command (setup, test) nor a recipe"),
         (["recipes/none.yaml"], "no recipe recipes/none.yaml"),
         (["--set", "steps"], "--set wants key=value"),
-        (["recipes/tiny.yaml", "--steps=3"], "after the recipe comes --set key=value, but got '--steps=3'"),
+        (
+            ["recipes/tiny.yaml", "--steps=3"],
+            "after the recipe come --set key=value and --hostfile FILE, but got '--steps=3'",
+        ),
         (["setup", "now"], "setup takes no arguments, but got: now"),
+        (["recipes/tiny.yaml", "--hostfile"], "--hostfile wants a value"),
+        (["recipes/tiny.yaml", "--hostfile", "/no/such/hosts"], "no hostfile /no/such/hosts"),
+        (["--node-rank", "1"], "--node-rank, --master-addr and --master-port go with --hostfile"),
+        (["--hostfile", "launch.sh", "--node-rank", "first"], "--node-rank wants a number from 0"),
     ],
 )
 def test_a_wrong_command_is_refused_before_anything_is_set_up(
@@ -267,6 +277,116 @@ def test_a_signal_stops_every_rank(checkout: Checkout, asked: signal.Signals, co
     _, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert "stopped; the same command continues the training" in err
+    assert not is_running(int(rank_file.read_text()))
+
+
+# Over several hosts.
+
+
+@pytest.fixture
+def hostfile(checkout: Checkout) -> str:
+    (checkout.elsewhere / "hosts").write_text("node1 slots=2\nnode2 slots=3\n")
+    checkout.launch("setup")
+    return str(checkout.elsewhere / "hosts")
+
+
+SLURM = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "5", "SLURM_LOCALID": "0"}
+JOB = "--recipe ROOT/recipes/other.yaml --set train.steps=3"
+
+
+def test_a_hostfile_starts_this_script_on_every_host(checkout: Checkout, hostfile: str) -> None:
+    done = checkout.launch("recipes/other.yaml", "--hostfile", "hosts", "--set", "a=b c", "--master-port", "7")
+    assert done.returncode == 0, done.stderr
+    assert checkout.calls() == [
+        f"python -P -m finetune across {hostfile} bash ROOT/launch.sh ROOT/recipes/other.yaml --set a=b c"
+        f" --hostfile {hostfile} --with-stdin --master-port 7"
+    ]
+
+
+@pytest.mark.parametrize(("node", "leads"), [("0", True), ("1", False)])
+def test_each_host_plans_and_trains_its_part_and_the_first_sums_up(
+    checkout: Checkout, hostfile: str, node: str, leads: bool
+) -> None:
+    options = ["--set", "train.steps=3", "--hostfile", "hosts", "--node-rank", node]
+    done = checkout.launch("recipes/other.yaml", *options, OMP_NUM_THREADS="")
+    assert done.returncode == 0, done.stderr
+    assert checkout.calls() == [
+        f"python -P -m finetune hosts {hostfile} --node-rank {node}",
+        f"python -P -m finetune finished {JOB}",
+        f"python -P -m finetune plan {JOB} --ranks 5 --nodes 2",
+        f"deepspeed -q --hostfile {hostfile} --no_ssh --node_rank {node} --master_addr node1 --master_port 29500"
+        f" ROOT/finetune/train.py {JOB}",
+        f"env OMP={max(1, len(os.sched_getaffinity(0)) // 3)} DS=cpu",
+        *([f"python -P -m finetune finished {JOB}", "python -P -m finetune summary RUN"] if leads else []),
+    ]
+
+
+@pytest.mark.parametrize(("task", "leads"), [("0", True), ("9", False)])
+def test_every_slurm_task_is_a_rank_without_a_launcher(
+    checkout: Checkout, hostfile: str, task: str, leads: bool
+) -> None:
+    done = checkout.launch("recipes/other.yaml", "--set", "train.steps=3", **SLURM, SLURM_PROCID=task)
+    assert done.returncode == 0, done.stderr
+    assert checkout.calls() == [
+        f"python -P -m finetune finished {JOB}",
+        f"python -P -m finetune plan {JOB} --ranks 16 --nodes 2",
+        f"python ROOT/finetune/train.py {JOB}",
+        *([f"python -P -m finetune finished {JOB}", "python -P -m finetune summary RUN"] if leads else []),
+    ]
+    assert bool(done.stdout) == leads
+    failed = checkout.launch("recipes/other.yaml", **SLURM, SLURM_PROCID=task, TRAINING="fails", RUN="/nowhere")
+    assert failed.returncode == 7
+
+
+def test_a_step_of_one_task_is_a_machine_like_any_other(checkout: Checkout, hostfile: str) -> None:
+    """`srun --pty bash`, and then ./launch.sh."""
+    one = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert checkout.launch("recipes/other.yaml", **one).returncode == 0
+    assert any(call.startswith("deepspeed -q --num_gpus 2") for call in checkout.calls())
+
+
+def test_a_host_that_it_does_not_fit_on_ends_at_once_and_says_so(checkout: Checkout, hostfile: str) -> None:
+    options = ["recipes/other.yaml", "--hostfile", "hosts", "--node-rank", "1"]
+    done = checkout.launch(*options, PLAN_FAILS="yes")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"launch.sh: on {os.uname().nodename}: Does NOT fit: 9 GiB.\n"
+    assert not any(call.startswith("deepspeed") for call in checkout.calls())
+
+
+@pytest.mark.parametrize("options", [["--hostfile", "hosts", "--node-rank", "1"], []])
+def test_a_host_that_is_not_set_up_is_told_not_set_up_by_all_at_once(checkout: Checkout, options: list[str]) -> None:
+    (checkout.elsewhere / "hosts").write_text("node1 slots=2\n")
+    done = checkout.launch("recipes/other.yaml", *options, **SLURM, SLURM_PROCID="3")
+    assert done.returncode == 1
+    assert f"launch.sh: on {os.uname().nodename}: {checkout.root} is not set up; run ./launch.sh setup" in done.stderr
+    assert checkout.calls() == []
+
+
+def test_a_host_stops_its_ranks_when_whoever_started_it_has_gone(checkout: Checkout, hostfile: str) -> None:
+    reading, writing = os.pipe()
+    process = subprocess.Popen(
+        ["bash", str(checkout.root / "launch.sh"), "--hostfile", "hosts", "--node-rank", "1", "--with-stdin"],
+        env=checkout.environment | {"TRAINING": "hangs"},
+        cwd=checkout.elsewhere,
+        text=True,
+        stdin=reading,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    os.close(reading)
+    rank_file, end = checkout.run_folder / "rank", time.monotonic() + 30
+    while not (rank_file.exists() and rank_file.read_text()):
+        assert time.monotonic() < end, "the stand-in for training never started"
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert is_running(int(rank_file.read_text()))
+    # Nobody reads what it says any more either, as when an ssh is gone.
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    os.close(writing)
+    assert process.wait(timeout=60) == 143
     assert not is_running(int(rank_file.read_text()))
 
 

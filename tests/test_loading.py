@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,68 @@ def test_a_short_load_says_nothing(own):
     load_weights(model, own, torch.bfloat16, say=pytest.fail)
 
 
+# Converted on the way in, as a 4-bit path would.
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_is_converted_once_whole_and_before_the_next_module_is_read(tmp_path, fused, tied):
+    theirs = transformers_model(CONFIGS["sparse-step-2-tied" if tied else "base"])
+    theirs.save_pretrained(tmp_path, save_original_format=not fused)
+    experts = range(2, 5)
+    plain = from_pretrained(tmp_path, dtype=torch.float32, experts=experts)
+    with init_empty_weights(include_buffers=True):
+        model = HybridMoEForCausalLM(ModelConfig.from_folder(tmp_path), experts)
+    given, seen = [], {}
+
+    def halved(name, value):
+        given.append((name, weakref.ref(value)))
+        alive = [before for before, at in given[:-1] if at() is not None]
+        assert not alive, f"{alive} are still held as they were before their conversion"
+        seen[name] = value.clone()
+        # Experts become integers of another shape, as packed ones would; a few others only change their values.
+        return (100 * value).flatten(1).to(torch.int8) if ".mlp.experts." in name else 2 * value
+
+    load_weights(model, tmp_path, torch.float32, convert=halved)
+    assert sorted(name for name, _ in given) == sorted(name for name, _ in plain.named_parameters())
+    assert_same_tensors(seen, dict(plain.named_parameters()))
+    for name, parameter in model.named_parameters():
+        before = plain.get_parameter(name)
+        if ".mlp.experts." in name:
+            assert (parameter.dtype, parameter.requires_grad) == (torch.int8, False)
+            assert torch.equal(parameter, (100 * before).flatten(1).to(torch.int8))
+        else:
+            assert torch.equal(parameter, 2 * before)
+            assert parameter.requires_grad
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_with_a_conversion_only_one_module_is_held_unconverted(tmp_path, monkeypatch):
+    """However many are in one file."""
+    config = scaled_config(layers=4, hidden=64, width=8, experts=EXPERTS, vocabulary=96)
+    write_synthetic(tmp_path / "one-file", config, shards=1)
+    held, most = {}, []
+    empty = torch.empty
+
+    def counting(*shape, **kind):
+        made = empty(*shape, **kind)
+        if kind.get("dtype") == torch.bfloat16:
+            held[id(made)] = (weakref.ref(made), made.numel())
+            most.append(sum(size for at, size in held.values() if at() is not None))
+        return made
+
+    monkeypatch.setattr(weights.torch, "empty", counting)
+    model = from_pretrained(
+        tmp_path / "one-file", dtype=torch.bfloat16, convert=lambda name, value: value.to(torch.int8)
+    )
+    monkeypatch.undo()
+    modules = {}
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        modules[owner] = modules.get(owner, 0) + parameter.numel()
+    assert max(most) <= max(modules.values()) < sum(modules.values()) / 2
+
+
 @pytest.mark.gpu
 def test_a_gpu_gets_what_the_host_gets(synthetic):
     experts = range(8, 16)
@@ -243,6 +306,7 @@ print(json.dumps(found))
 SHARES = {
     "EP 4": ("bfloat16", 128, 256),
     "EP 4 in float32": ("float32", 384, 512),
+    "EP 2": ("bfloat16", 256, 512),
     "whole": ("bfloat16", 0, 512),
 }
 

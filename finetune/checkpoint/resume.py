@@ -67,6 +67,12 @@ def newest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     return None, told
 
 
+def newest_name(root: Path) -> str | None:
+    """The folder of the newest checkpoint that has a manifest, its hashes unread; for a sentence, not for a resume."""
+    whole = [folder for folder in root.glob("step-*") if STEP.fullmatch(folder.name) and (folder / MANIFEST).exists()]
+    return str(max(whole, key=step_of)) if whole else None
+
+
 def chosen_checkpoint(root: Path, which: str, say: Callable[[str], None]) -> Path:
     """The checkpoint that a user names, whole: `newest`, `best` (the lowest held-out loss) or `step-N`.
 

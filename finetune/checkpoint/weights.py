@@ -6,7 +6,9 @@ numbered files with an index, and everything of the base folder that is not weig
 
 import re
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ from finetune.model.model import HybridMoEForCausalLM
 
 MAX_SHARD_BYTES = 5e9  # what the hub's own tools write
 PROGRESS_SECONDS = 10.0  # between two lines about a long load
+
+Convert = Callable[[str, Tensor], Tensor]  # a parameter's name and value, and what takes its place
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -107,6 +111,7 @@ def load_weights(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = lambda line: None,
+    convert: Convert | None = None,
 ) -> None:
     """Give `model`, usually built on the meta device, the weights in `folder`: of its own experts only.
 
@@ -118,6 +123,9 @@ def load_weights(
 
     Args:
         say: told every `PROGRESS_SECONDS` how far a load is that takes longer.
+        convert: called once for each parameter, with its name and its whole value on `device`, before it is put in
+            place; what it returns, of any dtype and shape, takes the place (a quantised form of frozen weights, say).
+            At most one module's values are held unconverted at a time.
 
     Raises:
         CheckpointError: the folder does not hold this model.
@@ -125,55 +133,117 @@ def load_weights(
     checkpoint = open_checkpoint(folder)
     slots = match(checkpoint, model.settings)
     _check_tied(checkpoint, model.settings)
-    parameters = _materialise(model, dtype, device)
-    wanted: dict[str, list[Wanted]] = {}
-    for name, stored in checkpoint.tensors.items():
-        if name in slots and _is_held(slots[name], model.local_experts):
-            slot = slots[name]
-            one = _wanted(stored, slot, parameters[slot.parameter], model.local_experts)
-            wanted.setdefault(stored.file, []).append(one)
-    whole = sum(one.size_bytes for ones in wanted.values() for one in ones)
+    held = {name: slots[name] for name in checkpoint.tensors if _is_held(slots.get(name), model.local_experts)}
+    places = _Places(model, dtype, device, Counter(slot.parameter for slot in held.values()), convert)
+    whole = sum(_stored_bytes(checkpoint.tensors[name], slot, model) for name, slot in held.items())
+    files = [(file, names) for file, names in _by_file(checkpoint, held).items()]
     done, began = 0, time.monotonic()
     told = began
-    for number, (file, ones) in enumerate(wanted.items(), start=1):
-        read_into(folder / file, ones)
-        done += sum(one.size_bytes for one in ones)
+    for number, (file, names) in enumerate(files, start=1):
+        for together in places.portions(names, held):
+            wanted = [_wanted(checkpoint.tensors[name], held[name], places, model.local_experts) for name in together]
+            read_into(folder / file, wanted)
+            done += sum(one.size_bytes for one in wanted)
+            del wanted  # it holds on to values that are converted now
+            places.arrived(held[name].parameter for name in together)
         now = time.monotonic()
-        if now - told >= PROGRESS_SECONDS and number < len(wanted):
+        if now - told >= PROGRESS_SECONDS and number < len(files):
             told, rate = now, done / (now - began)
             say(
-                f"reading weights: {done / 1e9:.1f} of {whole / 1e9:.1f} GB of this rank, {number} of {len(wanted)}"
+                f"reading weights: {done / 1e9:.1f} of {whole / 1e9:.1f} GB of this rank, {number} of {len(files)}"
                 f" files, {rate / 1e9:.2f} GB/s, {(whole - done) / rate:.0f} s left"
             )
+    places.check_all_filled()
 
 
-def _is_held(slot: Slot, local: range) -> bool:
-    return slot.expert is None or slot.expert in local
+def _is_held(slot: Slot | None, local: range) -> bool:
+    return slot is not None and (slot.expert is None or slot.expert in local)
 
 
-def _wanted(stored: Stored, slot: Slot, parameter: Tensor, local: range) -> Wanted:
+def _by_file(checkpoint: Checkpoint, held: Mapping[str, Slot]) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for name in held:
+        files.setdefault(checkpoint.tensors[name].file, []).append(name)
+    return files
+
+
+def _stored_bytes(stored: Stored, slot: Slot, model: HybridMoEForCausalLM) -> int:
+    """Bytes that this model reads of a stored tensor."""
+    size = stored.end - stored.start
+    return size * len(model.local_experts) // slot.shape[0] if slot.fused else size
+
+
+def _wanted(stored: Stored, slot: Slot, places: "_Places", local: range) -> Wanted:
     """What to read of a stored tensor: all of it, or of stacked experts those of this rank."""
     start = stored.start
     if slot.fused:
         start += local.start * (stored.end - stored.start) // slot.shape[0]
-    return Wanted(start, stored.torch_dtype, slot.of(parameter.detach(), local.start))
+    return Wanted(start, stored.torch_dtype, slot.of(places.value(slot.parameter), local.start))
 
 
-def _materialise(model: HybridMoEForCausalLM, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
-    """Put an empty parameter of `dtype` on `device` in the place of every parameter of the model."""
-    expected = parameter_shapes(model.settings).keys()
-    parameters: dict[str, Tensor] = {}
-    for name, old in list(model.named_parameters()):
-        assert name in expected, f"{name} is not a parameter of the plain model; load before adding adapters"
-        new = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device), requires_grad=old.requires_grad)
+class _Places:
+    """The parameters of a model that is being loaded: each is made when its first value is due, and put in place.
+
+    Without `convert` a portion is a file; with it a portion is what stands together of one module, and a parameter is
+    converted as soon as its last value has arrived.
+    """
+
+    def __init__(
+        self,
+        model: HybridMoEForCausalLM,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        missing: Counter[str],
+        convert: Convert | None,
+    ):
+        """Nothing is made yet.
+
+        Args:
+            missing: how many stored tensors each parameter is made of.
+        """
+        self._model, self._dtype, self._device, self._convert = model, dtype, device, convert
+        self._old = dict(model.named_parameters())
+        self._missing = missing
+        self._filling: dict[str, Tensor] = {}
+        expected = parameter_shapes(model.settings).keys()
+        unknown, absent = self._old.keys() - expected, expected - self._old.keys()
+        assert not unknown, f"{unknown} are not parameters of the plain model; load before adding adapters"
+        assert not absent, f"not parameters of the model: {absent}"
+
+    def value(self, name: str) -> Tensor:
+        """The tensor that a parameter's values are read into."""
+        if name not in self._filling:
+            self._filling[name] = torch.empty(self._old[name].shape, dtype=self._dtype, device=self._device)
+        return self._filling[name]
+
+    def portions(self, names: list[str], held: Mapping[str, Slot]) -> list[list[str]]:
+        """Stored tensors of one file, in lists that are read at once."""
+        if self._convert is None:
+            return [names]
+        modules = groupby(names, lambda name: held[name].parameter.rpartition(".")[0])
+        return [list(together) for _, together in modules]
+
+    def arrived(self, parameters: Iterable[str]) -> None:
+        """Note a stored tensor's arrival for each of these; parameters that are whole now are put in place."""
+        for name in parameters:
+            self._missing[name] -= 1
+            if not self._missing[name]:
+                self._put(name, self._filling.pop(name))
+
+    def check_all_filled(self) -> None:
+        """No parameter was left on the way."""
+        assert not self._filling, f"not whole: {sorted(self._filling)}"
+
+    def _put(self, name: str, value: Tensor) -> None:
+        old = self._old[name]
+        if self._convert is not None:
+            value = self._convert(name, value)
+        new = nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
         new.__dict__.update(old.__dict__)
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, new)
-        parameters[name] = new
-    if model.settings.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    assert parameters.keys() == expected, f"not parameters of the model: {expected - parameters.keys()}"
-    return parameters
+        setattr(self._model.get_submodule(owner), attribute, new)
+        if self._model.settings.tie_word_embeddings:
+            self._model.tie()
 
 
 def _check_tied(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -187,9 +257,17 @@ def _check_tied(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 
 def from_pretrained(
-    folder: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", experts: range | None = None
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    experts: range | None = None,
+    convert: Convert | None = None,
 ) -> HybridMoEForCausalLM:
     """The model in `folder`, with all its experts or those of one rank.
+
+    Args:
+        convert: see `load_weights`.
 
     Raises:
         CheckpointError: the weights do not fit the configuration.
@@ -198,7 +276,7 @@ def from_pretrained(
     config = ModelConfig.from_folder(folder)
     with init_empty_weights(include_buffers=True):
         model = HybridMoEForCausalLM(config, experts)
-    load_weights(model, folder, dtype, device)
+    load_weights(model, folder, dtype, device, convert=convert)
     assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer has no values: load_weights must compute it"
     return model
 

@@ -3,18 +3,26 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 import deepspeed.ops
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 from torch import Tensor
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.rendezvous import rendezvous
 
 TIMEOUT = timedelta(minutes=60)  # loading a large checkpoint on one rank must not end the others
+MEETING = timedelta(minutes=10)  # hosts of a cluster start minutes apart; none comes after that
+
+
+class MeetingError(ValueError):
+    """Ranks that were started and do not come together."""
 
 
 class RankError(ValueError):
@@ -84,7 +92,7 @@ def read_rank() -> tuple[int, int]:
 
 
 def was_launched() -> bool:
-    """Whether DeepSpeed's launcher started this process, so that its death is ours to notice."""
+    """Whether DeepSpeed's launcher or SLURM started this process, so that its death is ours to notice."""
     return "LOCAL_SIZE" in os.environ
 
 
@@ -93,6 +101,9 @@ def start(expert_size: int) -> World:
 
     On a CPU DeepSpeed would compile an inference-only operation here, for two minutes or, without a compiler, into an
     error; it is switched off before the start.
+
+    Raises:
+        MeetingError: the other ranks do not come, or this host has fewer GPUs than ranks.
     """
     rank, size = read_rank()
     if "RANK" not in os.environ:
@@ -100,12 +111,12 @@ def start(expert_size: int) -> World:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    device = torch.device(get_accelerator().device_name())
+    device = _device()
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-        get_accelerator().set_device(device.index)
+        _choose_interface()
+    if not dist.is_initialized():
+        _meet(rank, size)
     deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
     groups._create_expert_and_data_parallel(expert_size)
     expert_group = groups._get_expert_parallel_group(group_name(expert_size)) if expert_size > 1 else None
@@ -118,6 +129,56 @@ def start(expert_size: int) -> World:
         expert_data_rank=rank // expert_size,
         expert_group=expert_group,
     )
+
+
+def _device() -> torch.device:
+    """The CPU, or this rank's GPU, which becomes the current one."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    index, visible = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
+    here = int(os.environ.get("LOCAL_SIZE", index + 1))
+    if visible == 1 and "SLURM_LOCALID" in os.environ:
+        index, here = 0, 1  # --gpus-per-task: each task sees its own GPU and no other
+    if here > visible:
+        raise MeetingError(
+            f"{here} ranks on {socket.gethostname()}, which has {visible} GPU(s); start one for each: slots= in the"
+            " hostfile, --ntasks-per-node of SLURM, --num_gpus of deepspeed"
+        )
+    accelerator.set_device(index)
+    return torch.device(accelerator.device_name(), index)
+
+
+def _meet(rank: int, size: int) -> None:
+    """Join the other ranks at `MASTER_ADDR`, where they may arrive minutes apart."""
+    backend = get_accelerator().communication_backend_name()
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=MEETING))
+        store.set_timeout(TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except (DistNetworkError, DistStoreError) as error:
+        raise MeetingError(
+            f"the {size} ranks do not find each other at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            f" ({str(error).splitlines()[0]}); if another run is using that port, give another (--master-port of"
+            " launch.sh, --master_port of deepspeed, MASTER_PORT under SLURM); over several hosts see that this address"
+            " and port can be reached from each of them"
+        ) from error
+
+
+def _choose_interface() -> None:
+    """Let gloo use the network on which rank 0 is found, unless GLOO_SOCKET_IFNAME says which.
+
+    By default it takes the one that this host's own name belongs to, which is often the loopback; two hosts then wait
+    for each other in vain.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or int(os.environ.get("CROSS_SIZE", "1")) == 1:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as towards, suppress(OSError):  # sends nothing
+        towards.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        own = towards.getsockname()[0]
+        for interface, addresses in psutil.net_if_addrs().items():
+            if own in [address.address for address in addresses]:
+                os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def group_name(expert_size: int) -> str:

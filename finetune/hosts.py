@@ -1,0 +1,156 @@
+"""Several machines: a hostfile, and one command started on each of its hosts by ssh.
+
+Every host's command gets an input that stays open for as long as this process lives and wants it to run. When it ends,
+for whatever reason, the host's `launch.sh` stops its ranks; so nothing is left behind even if this process is killed.
+"""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+# Settings of the libraries below us that a user makes here and means everywhere. No tokens: a command line is public.
+FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
+# A host that is switched off ends its ssh after a minute instead of never.
+SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+SECONDS_TO_SPEAK = 30  # for the other hosts to notice by themselves, and say so, that one has failed
+SECONDS_TO_END = 60  # launch.sh on a host kills after 40
+
+
+class HostError(ValueError):
+    """A hostfile that cannot be read, or a host that is not in it."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """One line of a hostfile: a name that ssh and the other hosts know, and how many ranks to start there."""
+
+    name: str
+    slots: int
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The hosts of a file in DeepSpeed's format, `NAME slots=N` a line; the ranks are numbered in this order.
+
+    Raises:
+        HostError: no such file, a line that is none, a host twice, or no host at all.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise HostError(f"{path}: no readable hostfile here ({error}); every host needs it at this path") from None
+    hosts: list[Host] = []
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].strip()
+        if not words:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", words)
+        if found is None:
+            raise HostError(f"{path}:{number}: '{words}' is not NAME slots=N, such as node1 slots=8")
+        if found[1] in [host.name for host in hosts]:
+            raise HostError(f"{path}:{number}: {found[1]} is there twice; give it one line with all its slots")
+        hosts.append(Host(found[1], int(found[2])))
+    if not hosts:
+        raise HostError(f"{path}: names no host; write a line such as node1 slots=8 for each")
+    return hosts
+
+
+def describe(hosts: Sequence[Host], node: int) -> str:
+    """Ranks in all, hosts, ranks on host `node`, and the address of the first host; what `launch.sh` reads.
+
+    Raises:
+        HostError: there is no such host.
+    """
+    if node >= len(hosts):
+        raise HostError(f"--node-rank {node}: the hostfile names {len(hosts)} host(s), numbered from 0")
+    return f"{sum(host.slots for host in hosts)} {len(hosts)} {hosts[node].slots} {address(hosts[0])}"
+
+
+def address(host: Host) -> str:
+    """Where the other hosts find it: its name without the user that ssh may need."""
+    return host.name.rpartition("@")[2]
+
+
+def run_on_hosts(hosts: Sequence[Host], command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run `command --node-rank I` on every host, in the current folder there; the exit code of the first that failed.
+
+    When one fails the others are given time to say what they see, then they are stopped. A signal to this process
+    stops them at once.
+    """
+    forwarded = [f"{name}={value}" for name, value in environment.items() if name.startswith(FORWARDED)]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    for node, host in enumerate(hosts):
+        words = shlex.join(["env", *forwarded, *command, "--node-rank", str(node)])
+        # A group of its own: an interrupt typed here is for this process, which stops the hosts in order.
+        running[host.name] = subprocess.Popen(
+            [*SSH, host.name, f"cd {shlex.quote(os.getcwd())} && exec {words}"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+    return _Watch(running).wait()
+
+
+class _Watch:
+    """Waits for one process a host, and stops the rest when one fails or the user asks."""
+
+    def __init__(self, running: dict[str, "subprocess.Popen[bytes]"]):
+        self.running = running
+        self.code = 0
+        self.stop_at: float | None = None  # time.monotonic() at which the others are stopped
+        self.kill_at: float | None = None
+
+    def wait(self) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        while self.running:
+            for host, process in list(self.running.items()):
+                if process.poll() is not None:
+                    del self.running[host]
+                    self._ended(host, process.returncode)
+            now = time.monotonic()
+            if self.stop_at is not None and now >= self.stop_at:
+                self._stop(now)
+            if self.kill_at is not None and now >= self.kill_at:
+                self._give_up()
+            time.sleep(0.1)
+        return self.code
+
+    def _ended(self, host: str, code: int) -> None:
+        if code == 0 or self.kill_at is not None:
+            return
+        code = code if code > 0 else 128 - code  # as a shell counts the end by a signal
+        why = "; ssh itself failed, or lost the host" if code == 255 else ""
+        _say(f"{host} ended with exit code {code}{why}")
+        self.code = self.code or code
+        if self.running and self.stop_at is None:
+            self.stop_at = time.monotonic() + SECONDS_TO_SPEAK
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        _say(f"got {name}; stopping the ranks on {', '.join(self.running)}")
+        self.code = 130 if number == signal.SIGINT else 143
+        self.stop_at = 0.0
+
+    def _stop(self, now: float) -> None:
+        """End every host's input, which its launch.sh takes as a wish to stop."""
+        self.stop_at, self.kill_at = None, self.kill_at or now + SECONDS_TO_END
+        for process in self.running.values():
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def _give_up(self) -> None:
+        for host, process in self.running.items():
+            _say(f"{host} does not answer; if it still runs, look there for ranks that were left")
+            process.kill()
+        self.kill_at = float("inf")
+
+
+def _say(sentence: str) -> None:
+    print(f"nextune: {sentence}", file=sys.stderr, flush=True)

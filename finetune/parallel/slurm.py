@@ -1,0 +1,76 @@
+"""A rank that SLURM started: its place among the ranks, out of the variables that `srun` gives to every task."""
+
+import re
+from collections.abc import Mapping
+
+PORTS = range(20_000, 30_000)  # below those that Linux gives to outgoing connections
+
+
+class SlurmError(ValueError):
+    """A step of SLURM whose variables do not say which rank is where."""
+
+
+def is_task(environment: Mapping[str, str]) -> bool:
+    """Whether `srun` started this process as one of several tasks, each of which is then a rank.
+
+    A batch script is no task, and a step of one task (`srun --pty bash`) is a shell on one machine.
+    """
+    return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment
+
+
+def task_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the launcher of DeepSpeed would have set for this task; empty where a launcher did, or outside a step.
+
+    All tasks must find the same meeting point without talking: rank 0's node, which is the first of the step's list,
+    and a port that differs from job to job. `MASTER_ADDR` and `MASTER_PORT` go before both.
+
+    Raises:
+        SlurmError: a variable of the step is missing or unreadable.
+    """
+    if "RANK" in environment or not is_task(environment):
+        return {}
+    try:
+        node = int(environment["SLURM_NODEID"])
+        tasks = tasks_by_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "LOCAL_SIZE": str(tasks[node]),
+            "CROSS_RANK": str(node),
+            "CROSS_SIZE": str(len(tasks)),
+            "MASTER_ADDR": environment.get("MASTER_ADDR") or first_node(environment["SLURM_STEP_NODELIST"]),
+            "MASTER_PORT": environment.get("MASTER_PORT") or str(PORTS[(job * 7 + step) % len(PORTS)]),
+        }
+    except KeyError as error:
+        raise SlurmError(
+            f"SLURM started this task, but the variable {error.args[0]} is not set; start it by srun"
+        ) from None
+    except (ValueError, IndexError):
+        raise SlurmError(
+            "SLURM started this task, but its variables (SLURM_NODEID, SLURM_STEP_TASKS_PER_NODE, SLURM_STEP_NODELIST) "
+            "do not say where it is; set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT yourself"
+        ) from None
+
+
+def first_node(nodes: str) -> str:
+    """The first name of a list as SLURM abbreviates it: `gpu[07-09,12],login1` gives `gpu07`.
+
+    Source: `scontrol show hostnames`, of which this is the first line.
+    """
+    found = re.match(r"(?P<stem>[^\[\],]+)(?:\[(?P<first>\d+)[^\]]*\](?P<end>[^,\[]*))?(?:,|$)", nodes)
+    if found is None:
+        raise ValueError(nodes)
+    return found["stem"] + (found["first"] or "") + (found["end"] or "")
+
+
+def tasks_by_node(counts: str) -> list[int]:
+    """Tasks of each node: `8(x2),4` gives 8, 8, 4."""
+    tasks: list[int] = []
+    for group in counts.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", group)
+        if found is None:
+            raise ValueError(counts)
+        tasks += [int(found[1])] * int(found[2] or 1)
+    return tasks
