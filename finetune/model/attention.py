@@ -3,16 +3,42 @@
 Source: `Qwen3NextAttention`, transformers 5.23.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from finetune.model.config import ModelConfig
-from finetune.model.layers import RMSNorm, rotate
+from finetune.model.layers import RMSNorm, rms_norm, rotate
+
+
+class Packing(NamedTuple):
+    """How documents are packed, padding counted as documents; what a way of keeping them apart is made from."""
+
+    segment_ids: Int[Tensor, "batch time"]
+    documents: int
+    longest: int  # tokens of the longest document
+
+
+class Documents(NamedTuple):
+    """Where documents start in the flattened batch, and where the last one ends, for kernels that need no mask."""
+
+    starts: Int[Tensor, " documents_1"]  # int32
+    longest: int  # tokens of the longest document
+
+
+Isolation = Bool[Tensor, "batch 1 time time"] | Documents
+Isolate = Callable[[Packing], Isolation]
 
 
 class GatedAttention(nn.Module):
-    """Causal attention within documents; `q_proj` gives each head its query and its gate, in that order."""
+    """Causal attention within documents; `q_proj` gives each head its query and its gate, in that order.
+
+    `prepare`, `attend_packed` (which takes what the model's `isolate` makes) and `gate_output` are the definitions or
+    kernels equal to them.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -24,34 +50,80 @@ class GatedAttention(nn.Module):
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.prepare: Callable[..., tuple[Tensor, Tensor, Tensor]] = prepare
+        self.attend_packed: Callable[..., Tensor] = attend_masked
+        self.gate_output: Callable[[Tensor, Tensor], Tensor] = gate_output
 
     def forward(
         self,
         x: Float[Tensor, "batch time hidden"],
         cos: Float[Tensor, "batch time rotary"],
         sin: Float[Tensor, "batch time rotary"],
-        mask: Bool[Tensor, "batch 1 time time"] | None,
+        isolation: Isolation | None,
     ) -> Float[Tensor, "batch time hidden"]:
-        query, gate = self.q_proj(x).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
-        key = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
+        """`isolation`: what keeps documents apart; None: every sequence is one document."""
+        weights = self.q_norm.weight, self.k_norm.weight
+        query, key, gate = self.prepare(self.q_proj(x), self.k_proj(x), cos, sin, *weights, self.q_norm.eps)
         value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        query = rotate(self.q_norm(query).transpose(1, 2), cos, sin)  # (batch, heads, time, dim)
-        key = rotate(key.transpose(1, 2), cos, sin)
-        value = value.transpose(1, 2)
-        if mask is not None:
-            # Only cuDNN takes a mask together with grouped keys, and not at every head size; the kernel that all other
-            # GPUs would fall back to keeps every score. With equal heads the memory-efficient kernel serves.
-            group = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None
-        )
-        return self.o_proj((out.transpose(1, 2) * gate.sigmoid()).flatten(-2))
+        out = attend(query, key, value) if isolation is None else self.attend_packed(query, key, value, isolation)
+        return self.o_proj(self.gate_output(out, gate))
 
 
-def document_mask(segment_ids: Int[Tensor, "batch time"]) -> Bool[Tensor, "batch 1 time time"]:
+def prepare(
+    q_gate: Float[Tensor, "batch time queries_gates"],
+    key: Float[Tensor, "batch time keys"],
+    cos: Float[Tensor, "batch time rotary"],
+    sin: Float[Tensor, "batch time rotary"],
+    q_weight: Float[Tensor, " dim"],
+    k_weight: Float[Tensor, " dim"],
+    eps: float,
+) -> tuple[
+    Float[Tensor, "batch time heads dim"],
+    Float[Tensor, "batch time kv_heads dim"],
+    Float[Tensor, "batch time heads dim"],
+]:
+    """From the outputs of `q_proj` and `k_proj`: queries and keys, normed and turned by their positions; and gates."""
+    query, gate = q_gate.unflatten(-1, (-1, 2 * len(q_weight))).chunk(2, dim=-1)
+    key = key.unflatten(-1, (-1, len(k_weight)))
+    query, key = (rms_norm(x, w, eps).transpose(1, 2) for x, w in ((query, q_weight), (key, k_weight)))
+    return rotate(query, cos, sin).transpose(1, 2), rotate(key, cos, sin).transpose(1, 2), gate
+
+
+def attend(
+    query: Float[Tensor, "batch time heads dim"],
+    key: Float[Tensor, "batch time kv_heads dim"],
+    value: Float[Tensor, "batch time kv_heads dim"],
+) -> Float[Tensor, "batch time heads dim"]:
+    """Causal attention, every sequence one document."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def attend_masked(
+    query: Float[Tensor, "batch time heads dim"],
+    key: Float[Tensor, "batch time kv_heads dim"],
+    value: Float[Tensor, "batch time kv_heads dim"],
+    isolation: Bool[Tensor, "batch 1 time time"],
+) -> Float[Tensor, "batch time heads dim"]:
+    """Attention where the mask allows it."""
+    # Only cuDNN takes a mask together with grouped keys, and not at every head size; the kernel that all other GPUs
+    # would fall back to keeps every score. With equal heads the memory-efficient kernel serves.
+    group = query.shape[2] // key.shape[2]
+    key, value = key.repeat_interleave(group, dim=2), value.repeat_interleave(group, dim=2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=isolation).transpose(1, 2)
+
+
+def gate_output(
+    out: Float[Tensor, "batch time heads dim"], gate: Float[Tensor, "batch time heads dim"]
+) -> Float[Tensor, "batch time hidden"]:
+    """Heads side by side, each behind its gate: out * sigmoid(gate)."""
+    return (out * gate.sigmoid()).flatten(-2)
+
+
+def document_mask(packing: Packing) -> Bool[Tensor, "batch 1 time time"]:
     """Who may look at whom: earlier or equal position, same document. time^2 bytes per sequence of the batch."""
-    same = segment_ids.unsqueeze(-1) == segment_ids.unsqueeze(-2)
+    same = packing.segment_ids.unsqueeze(-1) == packing.segment_ids.unsqueeze(-2)
     return same.tril().unsqueeze(1)
 
 

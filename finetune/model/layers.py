@@ -30,6 +30,14 @@ class RMSNorm(nn.Module):
         return self.compute(x, self.weight, self.eps)
 
 
+def residual_norm(
+    x: Float[Tensor, "*any dim"], delta: Float[Tensor, "*any dim"], weight: Float[Tensor, " dim"], eps: float
+) -> tuple[Float[Tensor, "*any dim"], Float[Tensor, "*any dim"]]:
+    """The residual stream after a sublayer, x + delta, and its norm, which the next sublayer reads."""
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
+
+
 class GatedRMSNorm(nn.Module):
     """Root-mean-square norm with a plain weight (not zero-centred), then a SiLU gate: weight * x / rms(x) * silu(gate).
 
@@ -47,16 +55,33 @@ class GatedRMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated MLP: down(silu(gate x) * up x)."""
+    """Gated MLP: down(silu(gate x) * up x); `activate` is the definition or a kernel equal to it."""
 
     def __init__(self, hidden: int, width: int):
         super().__init__()
         self.gate_proj = nn.Linear(hidden, width, bias=False)
         self.up_proj = nn.Linear(hidden, width, bias=False)
         self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.activate: Callable[[Tensor, Tensor], Tensor] = swiglu
 
     def forward(self, x: Float[Tensor, "*any hidden"]) -> Float[Tensor, "*any hidden"]:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activate(self.gate_proj(x), self.up_proj(x)))
+
+
+def swiglu(gate: Float[Tensor, "*any width"], up: Float[Tensor, "*any width"]) -> Float[Tensor, "*any width"]:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
+def add_gated(
+    routed: Float[Tensor, "tokens hidden"] | None,
+    shared: Float[Tensor, "tokens hidden"],
+    x: Float[Tensor, "tokens hidden"],
+    gate_weight: Float[Tensor, "1 hidden"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Routed experts, where there are any yet, plus the shared one behind its gate: sigmoid(gate_weight x) * shared."""
+    gated = F.linear(x, gate_weight).sigmoid() * shared
+    return gated if routed is None else routed + gated
 
 
 def positions_in_segments(segment_ids: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:

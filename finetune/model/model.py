@@ -8,18 +8,26 @@ Source: `Qwen3NextForCausalLM`, transformers 5.23.
 """
 
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune.model.attention import GatedAttention, document_mask, has_several_documents
+from finetune.model.attention import (
+    GatedAttention,
+    Isolate,
+    Isolation,
+    Packing,
+    document_mask,
+    has_several_documents,
+)
 from finetune.model.config import ModelConfig
 from finetune.model.deltanet import GatedDeltaNet
 from finetune.model.head import token_loss_sum
-from finetune.model.layers import MLP, RMSNorm, positions_in_segments, rotary_table
+from finetune.model.layers import MLP, RMSNorm, positions_in_segments, residual_norm, rotary_table
 from finetune.model.moe import MoE, Routing
 
 PADDING = -1  # segment id of a position that holds no token
@@ -40,12 +48,12 @@ class Layout(NamedTuple):
     segment_ids: Int[Tensor, "batch time"]
     cos: Float[Tensor, "batch time rotary"]
     sin: Float[Tensor, "batch time rotary"]
-    mask: Bool[Tensor, "batch 1 time time"] | None  # None: every sequence is one document
+    isolation: Isolation | None  # what keeps documents apart in attention; None: every sequence is one document
     tokens: Int[Tensor, " tokens"] | None  # flat positions that hold a token; None: all of them
 
 
 class Block(nn.Module):
-    """x + mixer(norm x), then x + experts(norm x)."""
+    """x + mixer(norm x), then x + experts(norm x); `add_and_norm` is the definition or a kernel equal to it."""
 
     def __init__(self, config: ModelConfig, layer: int, local_experts: int):
         super().__init__()
@@ -55,6 +63,7 @@ class Block(nn.Module):
         else:
             self.self_attn = GatedAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.add_and_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = residual_norm
         self.is_linear = config.layer_types[layer] == "linear_attention"
         self.mlp = (
             MoE(config, local_experts) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
@@ -65,10 +74,11 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "batch time hidden"], Routing | None]:
         normed = self.input_layernorm(x)
         if self.is_linear:
-            x = x + self.linear_attn(normed, layout.segment_ids)
+            mixed = self.linear_attn(normed, layout.segment_ids)
         else:
-            x = x + self.self_attn(normed, layout.cos, layout.sin, layout.mask)
-        normed = self.post_attention_layernorm(x)
+            mixed = self.self_attn(normed, layout.cos, layout.sin, layout.isolation)
+        norm = self.post_attention_layernorm
+        x, normed = self.add_and_norm(x, mixed, norm.weight, norm.eps)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(normed), None
         if layout.tokens is None:
@@ -102,6 +112,7 @@ class HybridMoEForCausalLM(nn.Module):
         self.recompute = False
         self.keep_router_logits = True  # what the router losses read
         self.loss = token_loss_sum  # the definition, or a kernel equal to it
+        self.isolate: Isolate = document_mask  # or what the kernel in `GatedAttention.attend_packed` takes
         self.model = Decoder(config, len(self.local_experts))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -153,21 +164,24 @@ class HybridMoEForCausalLM(nn.Module):
 
     def _layout(self, x: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None) -> Layout:
         batch, time = x.shape[:2]
-        tokens = mask = None
+        tokens = isolation = None
         if segment_ids is None:
             segment_ids = torch.zeros(batch, time, dtype=torch.long, device=x.device)
+            positions = torch.arange(time, device=x.device).expand(batch, time)
         else:
+            positions = positions_in_segments(segment_ids)
             is_token = segment_ids.flatten() != PADDING
             several = has_several_documents(segment_ids, PADDING)
-            documents, count = torch.stack((several, is_token.sum())).tolist()  # the one host synchronisation
-            if documents:
-                mask = document_mask(segment_ids)
+            facts = several, is_token.sum(), (positions == 0).sum(), positions.max() + 1
+            packed, count, documents, longest = torch.stack(facts).tolist()  # the one host synchronisation
+            if packed:
+                isolation = self.isolate(Packing(segment_ids, documents, longest))
             if count < len(is_token):
                 tokens = torch.nonzero_static(is_token, size=count).squeeze(-1)
         if position_ids is None:
-            position_ids = positions_in_segments(segment_ids)
+            position_ids = positions
         cos, sin = rotary_table(position_ids, self.settings.rotary_dim, self.settings.rope_theta, x.dtype)
-        return Layout(segment_ids, cos, sin, mask, tokens)
+        return Layout(segment_ids, cos, sin, isolation, tokens)
 
 
 def initialise(model: HybridMoEForCausalLM, seed: int) -> None:
