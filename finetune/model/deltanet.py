@@ -49,8 +49,8 @@ class GatedDeltaNet(nn.Module):
         query, key, value = mixed.split([keys, keys, mixed.shape[-1] - 2 * keys], dim=-1)
 
         out = chunked_gated_delta_rule(
-            query=query.unflatten(-1, (self.key_heads, -1)).repeat_interleave(group, dim=2),
-            key=key.unflatten(-1, (self.key_heads, -1)).repeat_interleave(group, dim=2),
+            query=l2_normalize(query.unflatten(-1, (self.key_heads, -1))),
+            key=l2_normalize(key.unflatten(-1, (self.key_heads, -1))),
             value=value.unflatten(-1, (self.value_heads, -1)),
             log_decay=log_decay(decay.flatten(-2), self.A_log, self.dt_bias),
             write=write.flatten(-2).sigmoid(),
@@ -85,3 +85,9 @@ def causal_convolution(
         earlier = x[:, :-back].float() * same.unsqueeze(-1) * weight[:, width - 1 - back]
         out = out + F.pad(earlier, (0, 0, back, 0))
     return out.to(x.dtype)
+
+
+def l2_normalize(x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
+    """x / sqrt(sum x^2 + 1e-6), in float32. Not `F.normalize`, which clamps: the released kernels add."""
+    x = x.float()
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
