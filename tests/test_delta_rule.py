@@ -7,15 +7,16 @@ import torch
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
 from finetune.model.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
-from finetune.model.deltanet import causal_convolution
+from finetune.model.deltanet import causal_convolution, l2_normalize
 
 TIMES = [1, 2, 63, 64, 65, 130]
 
 
-def inputs(time: int, batch: int = 2, heads: int = 3, key: int = 5, value: int = 7) -> dict[str, Any]:
+def inputs(time: int, batch: int = 2, key_heads: int = 3, key: int = 5, value: int = 7) -> dict[str, Any]:
+    heads = 2 * key_heads
     tensors = {
-        "query": torch.randn(batch, time, heads, key),
-        "key": torch.randn(batch, time, heads, key),
+        "query": l2_normalize(torch.randn(batch, time, key_heads, key)),
+        "key": l2_normalize(torch.randn(batch, time, key_heads, key)),
         "value": torch.randn(batch, time, heads, value),
         # Some tokens forget almost all, some almost nothing.
         "log_decay": -torch.randn(batch, time, heads).exp(),
@@ -78,14 +79,13 @@ def test_recurrence_is_transformers() -> None:
     tensors = inputs(65)
     found = recurrent_gated_delta_rule(**tensors, segment_ids=torch.zeros(2, 65, dtype=torch.long))
     expected, _ = torch_recurrent_gated_delta_rule(
-        tensors["query"],
-        tensors["key"],
+        tensors["query"].repeat_interleave(2, dim=2),
+        tensors["key"].repeat_interleave(2, dim=2),
         tensors["value"],
         g=tensors["log_decay"],
         beta=tensors["write"],
         initial_state=None,
         output_final_state=False,
-        use_qk_l2norm_in_kernel=True,
     )
     assert_same(found, expected, tensors)
 

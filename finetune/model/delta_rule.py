@@ -13,22 +13,23 @@ from torch import Tensor
 
 def recurrent_gated_delta_rule(
     *,
-    query: Float[Tensor, "batch time heads key"],
-    key: Float[Tensor, "batch time heads key"],
-    value: Float[Tensor, "batch time heads value"],
-    log_decay: Float[Tensor, "batch time heads"],
-    write: Float[Tensor, "batch time heads"],
+    query: Float[Tensor, "batch time key_heads key"],
+    key: Float[Tensor, "batch time key_heads key"],
+    value: Float[Tensor, "batch time value_heads value"],
+    log_decay: Float[Tensor, "batch time value_heads"],
+    write: Float[Tensor, "batch time value_heads"],
     segment_ids: Int[Tensor, "batch time"],
-) -> Float[Tensor, "batch time heads value"]:
+) -> Float[Tensor, "batch time value_heads value"]:
     """Gated delta rule, one token at a time, in float32. The definition.
 
     S_t = a_t S_{t-1} + b_t k_t (v_t - a_t S_{t-1}^T k_t)^T,   o_t = S_t^T q_t / sqrt(key),   S = 0 before a document
 
     Args:
+        query: of length one, as is `key`; value head h reads key head h // (value_heads / key_heads).
         log_decay: log a_t, at most 0 (how much of the state survives).
         write: b_t in (0, 1) (how much of the correction is written).
     """
-    query, key = l2_normalize(query), l2_normalize(key)
+    query, key = (for_every_value_head(x.float(), value) for x in (query, key))
     value, decay, write = value.float(), log_decay.float().exp(), write.float()
     continues = F.pad(segment_ids[:, 1:] == segment_ids[:, :-1], (1, 0), value=False)
     state = value.new_zeros(*query[:, 0].shape, value.shape[-1])  # (batch, heads, key, value)
@@ -44,14 +45,14 @@ def recurrent_gated_delta_rule(
 
 def chunked_gated_delta_rule(
     *,
-    query: Float[Tensor, "batch time heads key"],
-    key: Float[Tensor, "batch time heads key"],
-    value: Float[Tensor, "batch time heads value"],
-    log_decay: Float[Tensor, "batch time heads"],
-    write: Float[Tensor, "batch time heads"],
+    query: Float[Tensor, "batch time key_heads key"],
+    key: Float[Tensor, "batch time key_heads key"],
+    value: Float[Tensor, "batch time value_heads value"],
+    log_decay: Float[Tensor, "batch time value_heads"],
+    write: Float[Tensor, "batch time value_heads"],
     segment_ids: Int[Tensor, "batch time"],
     chunk_tokens: int = 64,
-) -> Float[Tensor, "batch time heads value"]:
+) -> Float[Tensor, "batch time value_heads value"]:
     """`recurrent_gated_delta_rule` in chunks: one triangular solve a chunk, and a loop over chunks for the state.
 
     Within a chunk the corrections u solve (I + L) u = b (v - a S^T k), with L_ij = b_i (k_i . k_j) a_{j+1..i} for j < i
@@ -64,7 +65,11 @@ def chunked_gated_delta_rule(
     pad = -time % chunk_tokens
     query, key, value = (
         F.pad(x, (0, 0, 0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk_tokens))
-        for x in (l2_normalize(query) * scale, l2_normalize(key), value.float())
+        for x in (
+            for_every_value_head(query.float() * scale, value),
+            for_every_value_head(key.float(), value),
+            value.float(),
+        )
     )  # (batch, heads, chunks, chunk, dim)
     log_decay, write = (
         F.pad(x.float(), (0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk_tokens)) for x in (log_decay, write)
@@ -99,7 +104,8 @@ def chunked_gated_delta_rule(
     return torch.cat(outputs, dim=2)[:, :, :time].transpose(1, 2)
 
 
-def l2_normalize(x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-    """x / sqrt(sum x^2 + 1e-6), in float32. Not `F.normalize`, which clamps: the released kernels add."""
-    x = x.float()
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+def for_every_value_head(
+    x: Float[Tensor, "batch time key_heads key"], value: Float[Tensor, "batch time value_heads value"]
+) -> Float[Tensor, "batch time value_heads key"]:
+    """Queries or keys, each key head repeated for the value heads that share it."""
+    return x.repeat_interleave(value.shape[2] // x.shape[2], dim=2)

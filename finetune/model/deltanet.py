@@ -3,6 +3,9 @@
 Source: `Qwen3NextGatedDeltaNet`, transformers 5.23; arXiv 2412.06464.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -11,6 +14,30 @@ from torch import Tensor, nn
 from finetune.model.config import ModelConfig
 from finetune.model.delta_rule import chunked_gated_delta_rule
 from finetune.model.layers import GatedRMSNorm
+
+
+class Heads(NamedTuple):
+    """How the projections of a layer are cut into heads; value heads h, h + 1, ... of a group share a key head."""
+
+    keys: int
+    values: int
+    key_dim: int
+    value_dim: int
+
+
+class Prepared(NamedTuple):
+    """What the delta rule reads, and the gate of what it writes."""
+
+    query: Float[Tensor, "batch time key_heads key"]  # of length one, as is `key`; dtype of the projection
+    key: Float[Tensor, "batch time key_heads key"]
+    value: Float[Tensor, "batch time value_heads value"]
+    log_decay: Float[Tensor, "batch time value_heads"]  # float32, as is `write`
+    write: Float[Tensor, "batch time value_heads"]
+    gate: Float[Tensor, "batch time key_heads group_value"]  # a view of the projection, grouped as it lies there
+
+
+# qkvz, ba, convolution weight, A_log, dt_bias, segment_ids, heads
+Prepare = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Heads], Prepared]
 
 
 class GatedDeltaNet(nn.Module):
@@ -22,42 +49,77 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.key_heads, self.value_heads = config.linear_num_key_heads, config.linear_num_value_heads
-        self.key_head_dim, self.value_head_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.heads = Heads(
+            config.linear_num_key_heads,
+            config.linear_num_value_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
+        self.prepare: Prepare = prepare
         hidden, channels = config.hidden_size, 2 * config.key_dim + config.value_dim
         self.in_proj_qkvz = nn.Linear(hidden, 2 * config.key_dim + 2 * config.value_dim, bias=False)
-        self.in_proj_ba = nn.Linear(hidden, 2 * self.value_heads, bias=False)
+        self.in_proj_ba = nn.Linear(hidden, 2 * self.heads.values, bias=False)
         # Holds the released `conv1d.weight`; `causal_convolution` below reads it, since nn.Conv1d knows no documents.
         self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
-        self.A_log = nn.Parameter(torch.empty(self.value_heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
-        self.norm = GatedRMSNorm(self.value_head_dim, config.rms_norm_eps)
+        self.A_log = nn.Parameter(torch.empty(self.heads.values))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads.values))
+        self.norm = GatedRMSNorm(self.heads.value_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(config.value_dim, hidden, bias=False)
 
     def forward(
         self, x: Float[Tensor, "batch time hidden"], segment_ids: Int[Tensor, "batch time"]
     ) -> Float[Tensor, "batch time hidden"]:
-        group = self.value_heads // self.key_heads  # value heads that share one key head
-        key_dim, value_dim = self.key_head_dim, group * self.value_head_dim
-        qkvz = self.in_proj_qkvz(x).unflatten(-1, (self.key_heads, -1))
-        query, key, value, gate = qkvz.split([key_dim, key_dim, value_dim, value_dim], dim=-1)
-        write, decay = self.in_proj_ba(x).unflatten(-1, (self.key_heads, -1)).chunk(2, dim=-1)
-
-        mixed = torch.cat((query.flatten(-2), key.flatten(-2), value.flatten(-2)), dim=-1)
-        mixed = F.silu(causal_convolution(mixed, self.conv1d.weight.squeeze(1), segment_ids))
-        keys = self.key_heads * key_dim
-        query, key, value = mixed.split([keys, keys, mixed.shape[-1] - 2 * keys], dim=-1)
-
+        prepared = self.prepare(
+            self.in_proj_qkvz(x),
+            self.in_proj_ba(x),
+            self.conv1d.weight.squeeze(1),
+            self.A_log,
+            self.dt_bias,
+            segment_ids,
+            self.heads,
+        )
         out = chunked_gated_delta_rule(
-            query=query.unflatten(-1, (self.key_heads, -1)).repeat_interleave(group, dim=2),
-            key=key.unflatten(-1, (self.key_heads, -1)).repeat_interleave(group, dim=2),
-            value=value.unflatten(-1, (self.value_heads, -1)),
-            log_decay=log_decay(decay.flatten(-2), self.A_log, self.dt_bias),
-            write=write.flatten(-2).sigmoid(),
+            query=prepared.query,
+            key=prepared.key,
+            value=prepared.value,
+            log_decay=prepared.log_decay,
+            write=prepared.write,
             segment_ids=segment_ids,
         )
-        gate = gate.reshape(*x.shape[:2], self.value_heads, self.value_head_dim)
-        return self.out_proj(self.norm(out.to(x.dtype), gate).flatten(-2))
+        return self.out_proj(self.norm(out.to(x.dtype), prepared.gate).flatten(-2))
+
+
+def prepare(
+    qkvz: Float[Tensor, "batch time grouped"],
+    ba: Float[Tensor, "batch time grouped_heads"],
+    conv_weight: Float[Tensor, "channels width"],
+    log_rate: Float[Tensor, " value_heads"],
+    bias: Float[Tensor, " value_heads"],
+    segment_ids: Int[Tensor, "batch time"],
+    heads: Heads,
+) -> Prepared:
+    """Everything between the projections and the delta rule. The definition.
+
+    Queries, keys and values pass the convolution and SiLU, queries and keys are brought to length one; log_decay is
+    `log_decay` of a, write is sigmoid of b.
+    """
+    key_dim, value_dim = heads.key_dim, heads.values // heads.keys * heads.value_dim
+    qkvz = qkvz.unflatten(-1, (heads.keys, -1))
+    query, key, value, gate = qkvz.split([key_dim, key_dim, value_dim, value_dim], dim=-1)
+    b, a = ba.unflatten(-1, (heads.keys, -1)).chunk(2, dim=-1)
+
+    mixed = torch.cat((query.flatten(-2), key.flatten(-2), value.flatten(-2)), dim=-1)
+    mixed = F.silu(causal_convolution(mixed, conv_weight, segment_ids))
+    keys = heads.keys * key_dim
+    query, key, value = mixed.split([keys, keys, mixed.shape[-1] - 2 * keys], dim=-1)
+    return Prepared(
+        query=l2_normalize(query.unflatten(-1, (heads.keys, -1))),
+        key=l2_normalize(key.unflatten(-1, (heads.keys, -1))),
+        value=value.unflatten(-1, (heads.values, -1)),
+        log_decay=log_decay(a.flatten(-2), log_rate, bias),
+        write=b.flatten(-2).float().sigmoid(),
+        gate=gate,
+    )
 
 
 def log_decay(
@@ -85,3 +147,9 @@ def causal_convolution(
         earlier = x[:, :-back].float() * same.unsqueeze(-1) * weight[:, width - 1 - back]
         out = out + F.pad(earlier, (0, 0, back, 0))
     return out.to(x.dtype)
+
+
+def l2_normalize(x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
+    """x / sqrt(sum x^2 + 1e-6), computed in float32. Not `F.normalize`, which clamps: the released kernels add."""
+    wide = x.float()
+    return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+GatedNorm = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # x, gate, weight, eps
+
 
 def rms_norm(x: Float[Tensor, "*any dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*any dim"]:
     """Zero-centred root-mean-square norm: x / rms(x) * (1 + weight), in float32, returned in the dtype of x.
@@ -39,19 +41,34 @@ def residual_norm(
 
 
 class GatedRMSNorm(nn.Module):
-    """Root-mean-square norm with a plain weight (not zero-centred), then a SiLU gate: weight * x / rms(x) * silu(gate).
-
-    Source: `Qwen3NextRMSNormGated`, transformers 5.23 (norm before gate; the weight multiplies in the dtype of x).
-    """
+    """Holds the weight of `gated_rms_norm`, or of a fast form of it that is set as `compute`."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
+        self.compute: GatedNorm = gated_rms_norm
 
-    def forward(self, x: Float[Tensor, "*any dim"], gate: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-        normed = x.float() * (x.float().square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return ((self.weight * normed.to(x.dtype)) * F.silu(gate.float())).to(x.dtype)
+    def forward(
+        self, x: Float[Tensor, "*batch heads dim"], gate: Float[Tensor, "*batch groups group_dim"]
+    ) -> Float[Tensor, "*batch heads dim"]:
+        return self.compute(x, gate, self.weight, self.eps)
+
+
+def gated_rms_norm(
+    x: Float[Tensor, "*batch heads dim"],
+    gate: Float[Tensor, "*batch groups group_dim"],
+    weight: Float[Tensor, " dim"],
+    eps: float,
+) -> Float[Tensor, "*batch heads dim"]:
+    """Root-mean-square norm with a plain weight (not zero-centred), then a SiLU gate: weight * x / rms(x) * silu(gate).
+
+    The gate has the numbers of x in their order; heads may lie in groups.
+
+    Source: `Qwen3NextRMSNormGated`, transformers 5.23 (norm before gate; the weight multiplies in the dtype of x).
+    """
+    normed = x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return ((weight * normed.to(x.dtype)) * F.silu(gate.reshape(x.shape).float())).to(x.dtype)
 
 
 class MLP(nn.Module):
