@@ -167,7 +167,10 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
         model = HybridMoEForCausalLM(config, world.experts(config.num_experts))
     with world.together(CheckpointError, KernelError, RecipeError):
         kernels = choose(
-            experts=recipe.kernels.experts, layers=recipe.kernels.layers, place=Place(config, world.device, dtype)
+            experts=recipe.kernels.experts,
+            layers=recipe.kernels.layers,
+            mixers=recipe.kernels.mixers,
+            place=Place(config, world.device, dtype),
         )
         if recipe.model.init == "pretrained":
             load_weights(model, folder, dtype, world.device, say)

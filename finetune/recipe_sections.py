@@ -159,7 +159,10 @@ class Kernels(Section):
     """Kernels of our own for GPUs, torch's grouped matrix product, or one expert after the other; auto takes the first
     of them that runs and is right here."""
     layers: Literal["auto", "fused", "plain"] = "auto"
-    """Norms, router and loss in kernels of our own or in plain torch; auto is fused on a GPU."""
+    """Norms, router, shared expert and loss in kernels of our own or in plain torch; auto is fused on a GPU."""
+    mixers: Literal["auto", "fused", "plain"] = "auto"
+    """DeltaNet and attention between their projections in kernels of our own or in plain torch; auto is fused on a
+    GPU."""
 
 
 class Monitor(Section):

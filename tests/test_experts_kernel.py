@@ -80,7 +80,7 @@ def test_model_is_the_same_with_either() -> None:
     ],
 )
 def test_choice_follows_the_recipe_and_says_so(kind: str, compute: object, words: str) -> None:
-    chosen = choose(experts=kind, layers="auto", place=place())
+    chosen = choose(experts=kind, layers="auto", mixers="auto", place=place())
     assert chosen.experts is compute
     assert words in chosen.said[0]
     assert ("checked here against the definition" in chosen.said[0]) == (kind != "loop")
@@ -93,15 +93,15 @@ def place(dtype: torch.dtype = torch.float32, width: int = 16) -> Place:
 
 def test_what_cannot_run_here_is_refused_or_replaced_aloud() -> None:
     with pytest.raises(KernelError, match=r"kernels\.experts: grouped does not run in float64 on cpu"):
-        choose(experts="grouped", layers="auto", place=place(torch.float64))
-    chosen = choose(experts="auto", layers="auto", place=place(torch.float64))
+        choose(experts="grouped", layers="auto", mixers="auto", place=place(torch.float64))
+    chosen = choose(experts="auto", layers="auto", mixers="auto", place=place(torch.float64))
     assert chosen.experts is experts_in_a_loop
     assert "SLOW" in chosen.said[0]
 
 
 def test_widths_of_the_model_decide() -> None:
     # 9 float32 numbers are no multiple of 16 bytes, which the grouped product asks of every row.
-    chosen = choose(experts="auto", layers="auto", place=place(width=9))
+    chosen = choose(experts="auto", layers="auto", mixers="auto", place=place(width=9))
     assert chosen.experts is experts_in_a_loop
     assert "SLOW" in chosen.said[0]
 
@@ -112,19 +112,20 @@ def test_a_kernel_that_is_wrong_here_is_refused_or_replaced_aloud(monkeypatch: p
 
     monkeypatch.setattr("finetune.kernels.choose.experts_grouped", wrong)
     with pytest.raises(KernelError, match=r"output 0 is 1\.0e-03 away from its definition"):
-        choose(experts="grouped", layers="auto", place=place())
-    assert "SLOW" in choose(experts="auto", layers="auto", place=place()).said[0]
+        choose(experts="grouped", layers="auto", mixers="auto", place=place())
+    assert "SLOW" in choose(experts="auto", layers="auto", mixers="auto", place=place()).said[0]
 
 
 def test_chosen_kernels_are_what_the_model_computes_by() -> None:
-    model = HybridMoEForCausalLM(ModelConfig.from_dict(CONFIGS["base"]))
+    heads = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    model = HybridMoEForCausalLM(ModelConfig.from_dict(CONFIGS["base"] | heads))
     randomise(model, seed=3)
     ids = torch.randint(96, (2, 9))
     labels = ids.roll(-1, 1)
     found = []
     here = Place(model.settings, torch.device("cpu"), torch.float32)
     for experts, layers in (("loop", "plain"), ("fused", "fused")):
-        install(model, choose(experts=experts, layers=layers, place=here))
+        install(model, choose(experts=experts, layers=layers, mixers=layers, place=here))
         output = model(ids, labels=labels)
         assert output.loss_sum is not None
         gradients = torch.autograd.grad(output.loss_sum, list(model.parameters()))

@@ -7,6 +7,7 @@ definition that they start with.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,14 +15,53 @@ from torch import Tensor
 from finetune.kernels import trial
 from finetune.kernels.experts import experts_grouped
 from finetune.kernels.trial import Place
+from finetune.model import attention, deltanet
+from finetune.model.attention import GatedAttention, Isolate
+from finetune.model.delta_rule import chunked_gated_delta_rule
+from finetune.model.deltanet import GatedDeltaNet, Prepare
 from finetune.model.head import token_loss_sum
-from finetune.model.layers import RMSNorm, rms_norm
-from finetune.model.model import HybridMoEForCausalLM
+from finetune.model.layers import (
+    MLP,
+    GatedNorm,
+    GatedRMSNorm,
+    RMSNorm,
+    add_gated,
+    gated_rms_norm,
+    residual_norm,
+    rms_norm,
+    swiglu,
+)
+from finetune.model.model import Block, HybridMoEForCausalLM
 from finetune.model.moe import ExpertCompute, Experts, LocalCompute, MoE, Route, Router, experts_in_a_loop, route
+
+Forms = TypeVar("Forms", "Layers", "Mixers")
 
 
 class KernelError(ValueError):
     """A kernel that the recipe asks for by name cannot run on this device and dtype, or is wrong there."""
+
+
+class Layers(NamedTuple):
+    """Norms, router, shared expert and loss."""
+
+    norm: Callable[..., Tensor] = rms_norm
+    add_and_norm: Callable[..., tuple[Tensor, Tensor]] = residual_norm
+    route: Route = route
+    activate: Callable[[Tensor, Tensor], Tensor] = swiglu
+    add_gated: Callable[..., Tensor] = add_gated
+    loss: Callable[..., tuple[Tensor, Tensor]] = token_loss_sum
+
+
+class Mixers(NamedTuple):
+    """DeltaNet and attention between their projections."""
+
+    prepare_delta: Prepare = deltanet.prepare
+    rule: Callable[..., Tensor] = chunked_gated_delta_rule
+    gated_norm: GatedNorm = gated_rms_norm
+    prepare_attention: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention.prepare
+    attend_packed: Callable[..., Tensor] = attention.attend_masked
+    isolate: Isolate = attention.document_mask
+    gate_output: Callable[[Tensor, Tensor], Tensor] = attention.gate_output
 
 
 @dataclass
@@ -30,41 +70,53 @@ class Kernels:
 
     experts: ExpertCompute = experts_in_a_loop
     whole: LocalCompute | None = None  # experts between sort and sum, where one device holds all of them
-    route: Route = route
-    norm: Callable[..., Tensor] = rms_norm
-    loss: Callable[..., tuple[Tensor, Tensor]] = token_loss_sum
+    layers: Layers = field(default_factory=Layers)
+    mixers: Mixers = field(default_factory=Mixers)
     said: list[str] = field(default_factory=list)  # what was chosen and why, a sentence each
 
 
-def choose(*, experts: str, layers: str, place: Place) -> Kernels:
+def choose(*, experts: str, layers: str, mixers: str, place: Place) -> Kernels:
     """The fastest forms that the recipe allows and that are right here.
 
     Args:
         experts: auto, fused, grouped or loop, as `kernels.experts` of the recipe says.
-        layers: auto, fused or plain, as `kernels.layers` says.
+        layers: auto, fused or plain, as `kernels.layers` says; and so `mixers`.
 
     Raises:
         KernelError: a form was asked for by name and does not run here, or disagrees with its definition.
     """
     kernels = Kernels()
     _choose_experts(experts, place, kernels)
-    _choose_layers(layers, place, kernels)
+    kernels.layers = _fused_or_plain("layers", layers, Layers(), _fused_layers, place, kernels.said)
+    kernels.mixers = _fused_or_plain("mixers", mixers, Mixers(), _fused_mixers, place, kernels.said)
     return kernels
 
 
 def install(model: HybridMoEForCausalLM, kernels: Kernels) -> None:
     """Make every module of the model compute by the chosen forms."""
+    layers, mixers = kernels.layers, kernels.mixers
     local = len(model.local_experts) == model.settings.num_experts
-    model.loss = kernels.loss
+    model.loss, model.isolate = layers.loss, mixers.isolate
     for module in model.modules():
         if isinstance(module, Experts):
             module.compute = kernels.experts
         elif isinstance(module, MoE):
-            module.whole = kernels.whole if local else None
+            module.whole, module.add_gated = kernels.whole if local else None, layers.add_gated
         elif isinstance(module, Router):
-            module.compute = kernels.route
+            module.compute = layers.route
         elif isinstance(module, RMSNorm):
-            module.compute = kernels.norm
+            module.compute = layers.norm
+        elif isinstance(module, Block):
+            module.add_and_norm = layers.add_and_norm
+        elif isinstance(module, MLP):
+            module.activate = layers.activate
+        elif isinstance(module, GatedRMSNorm):
+            module.compute = mixers.gated_norm
+        elif isinstance(module, GatedDeltaNet):
+            module.prepare, module.rule = mixers.prepare_delta, mixers.rule
+        elif isinstance(module, GatedAttention):
+            module.prepare, module.gate_output = mixers.prepare_attention, mixers.gate_output
+            module.attend_packed = mixers.attend_packed
 
 
 def _choose_experts(kind: str, place: Place, kernels: Kernels) -> None:
@@ -101,31 +153,55 @@ def _choose_experts(kind: str, place: Place, kernels: Kernels) -> None:
     kernels.said.append(f"experts: SLOW loop over experts; {'; '.join(faults)}")
 
 
-def _choose_layers(kind: str, place: Place, kernels: Kernels) -> None:
-    """Norms, router and loss: in Triton on a GPU, in plain torch elsewhere."""
+def _fused_or_plain(
+    name: str, kind: str, plain: Forms, fused: Callable[[Place], tuple[Forms, float]], place: Place, said: list[str]
+) -> Forms:
+    """Triton on a GPU, plain torch elsewhere, unless the recipe says otherwise."""
     if kind == "plain" or (kind == "auto" and place.device.type != "cuda"):
-        why = "as the recipe asks" if kind == "plain" else f"{place}"
-        kernels.said.append(f"layers: plain torch (the definitions), {why}")
-        return
+        said.append(f"{name}: plain torch (the definitions), {'as the recipe asks' if kind == 'plain' else place}")
+        return plain
     try:
-        from finetune.kernels.loss import token_loss_sum_fused
-        from finetune.kernels.norm import rms_norm_fused
-        from finetune.kernels.router import route_fused
-
-        error = max(
-            trial.norm(rms_norm_fused, rms_norm, place),
-            trial.route(route_fused, route, place),
-            trial.loss(token_loss_sum_fused, token_loss_sum, place),
-        )
+        forms, error = fused(place)
     except FAULTS as fault:
         if kind == "fused":
             raise KernelError(
-                f"kernels.layers: fused does not run in {place} ({_words(fault)}); use 'auto' or 'plain'"
+                f"kernels.{name}: fused does not run in {place} ({_words(fault)}); use 'auto' or 'plain'"
             ) from fault
-        kernels.said.append(f"layers: SLOW plain torch; the fused kernels do not serve here: {_words(fault)}")
-        return
-    kernels.route, kernels.norm, kernels.loss = route_fused, rms_norm_fused, token_loss_sum_fused
-    kernels.said.append(f"layers: fused norms, router and loss, {place}, {_within(error)}")
+        said.append(f"{name}: SLOW plain torch; the fused kernels do not serve here: {_words(fault)}")
+        return plain
+    said.append(f"{name}: fused kernels, {place}, {_within(error)}")
+    return forms
+
+
+def _fused_layers(place: Place) -> tuple[Layers, float]:
+    from finetune.kernels.loss import token_loss_sum_fused
+    from finetune.kernels.norm import rms_norm_fused
+    from finetune.kernels.residual_norm import residual_norm_fused
+    from finetune.kernels.router import route_fused
+    from finetune.kernels.swiglu import add_gated_fused, swiglu_fused
+
+    forms = Layers(
+        rms_norm_fused, residual_norm_fused, route_fused, swiglu_fused, add_gated_fused, token_loss_sum_fused
+    )
+    return forms, trial.layers(forms, Layers(), place)
+
+
+def _fused_mixers(place: Place) -> tuple[Mixers, float]:
+    from finetune.kernels.attention import attend_documents, document_starts, gate_output_fused, prepare_fused
+    from finetune.kernels.delta_rule import gated_delta_rule
+    from finetune.kernels.deltanet import prepare_fused as prepare_delta_fused
+    from finetune.kernels.gated_norm import gated_norm_fused
+
+    forms = Mixers(
+        prepare_delta=prepare_delta_fused,
+        rule=gated_delta_rule,
+        gated_norm=gated_norm_fused,
+        prepare_attention=prepare_fused,
+        gate_output=gate_output_fused,
+    )
+    if place.device.type == "cuda" and place.dtype == torch.bfloat16:  # flash attention knows no float32
+        forms = forms._replace(attend_packed=attend_documents, isolate=document_starts)
+    return forms, trial.mixers(forms, Mixers(), place)
 
 
 # What keeps a kernel from serving: it cannot be imported, compiled or launched (Triton's errors among them), or it

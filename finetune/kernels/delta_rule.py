@@ -74,8 +74,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         query, key, value, log_decay, write, segment_ids, *saved = ctx.saved_tensors
         chunks, gradient = _Chunks(*saved), _token_rows(gradient)
         states = value.new_empty(*chunks.inverse.shape[:3], key.shape[-1], value.shape[-1])
-        deltas, d_value, d_states = (torch.empty_like(x) for x in (gradient, value, states))
-        deltas, d_value = value.new_empty(value.shape), value.new_empty(value.shape)
+        deltas, d_value, d_states = (x.new_empty(x.shape) for x in (value, value, states))
         _scan(query, key, value, chunks, None, deltas, states)
         _reverse(query, key, gradient, chunks, d_states, d_value)
         d_query, d_key = query.new_empty(query.shape), key.new_empty(key.shape)

@@ -4,11 +4,14 @@ Everything that separates documents is a mask over a chunk's own tokens: a produ
 over tokens of one document, never differences of a sum that runs over its border.
 """
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def _decays(log_decay, segments, batch, chunk, head, time, HEADS: tl.constexpr, C: tl.constexpr):
     """Decays of one chunk: D (chunk, chunk), from the start to each token, from each token to the end; and the masks."""
     at = tl.arange(0, C)
@@ -28,6 +31,7 @@ def _decays(log_decay, segments, batch, chunk, head, time, HEADS: tl.constexpr, 
 
 
 @triton.jit
+@no_type_check
 def chunk_kernel(
     query, key, log_decay, write, segments, inverse, within, enters, leaves, time, q_stride, k_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
@@ -57,6 +61,7 @@ def chunk_kernel(
 
 
 @triton.jit
+@no_type_check
 def _invert(system, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I + system)^-1 of a strictly lower triangular matrix, by blocks on the diagonal of 2, 4, .. C.
 
@@ -76,6 +81,7 @@ def _invert(system, C: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def scan_kernel(
     query, key, value, inverse, within, enters, leaves, out, deltas, states, time, q_stride, k_stride, v_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -118,6 +124,7 @@ def scan_kernel(
 
 
 @triton.jit
+@no_type_check
 def reverse_kernel(
     query, key, gradient, inverse, within, enters, leaves, d_states, d_value, time, q_stride, k_stride, g_stride, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -158,6 +165,7 @@ def reverse_kernel(
 
 
 @triton.jit
+@no_type_check
 def gradient_kernel(
     query, key, gradient, deltas, d_value, states, d_states, log_decay, write, segments,
     d_query, d_key, d_log_decay, d_write, time, q_stride, k_stride, g_stride, scale,
@@ -210,6 +218,7 @@ def gradient_kernel(
 
 
 @triton.jit
+@no_type_check
 def _from_states(
     d_q, d_k, gradient, deltas, d_value, states, d_states, from_start, to_end, start, live, here, head, g_stride, scale,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,

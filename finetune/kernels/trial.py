@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.model.attention import Packing
 from finetune.model.config import ModelConfig
+from finetune.model.deltanet import Heads, l2_normalize
+from finetune.model.layers import positions_in_segments, rotary_table
 from finetune.model.moe import ExpertCompute, ExpertFactors, LowRank, Routing, exchange_locally, experts_in_a_loop
 
 # Largest relative error (norm of the difference over norm) at which a fast form still is its definition. bfloat16 keeps
@@ -124,34 +128,92 @@ def _stacks(place: Place) -> list[Tensor]:
     return [place.weight(3, 2 * width, hidden), place.weight(3, hidden, width)]
 
 
-def norm(compute: Callable[..., Tensor], definition: Callable[..., Tensor], place: Place) -> float:
-    """Root-mean-square norm of hidden states."""
-    hidden, eps = place.config.hidden_size, place.config.rms_norm_eps
-    inputs = [place.random(ROWS, hidden), place.random(hidden)]
-    return compare(lambda x, w: compute(x, w, eps), lambda x, w: definition(x, w, eps), inputs, place)
-
-
-def route(compute: Callable[..., Routing], definition: Callable[..., Routing], place: Place) -> float:
-    """The router at the model's own number of experts; logits so far apart that no rounding changes the choice."""
+def layers(fast: Any, plain: Any, place: Place) -> float:
+    """Norms, router, shared expert and loss; the largest relative error of all."""
     config = place.config
-    top_k, normalise = config.num_experts_per_tok, config.norm_topk_prob
-
-    def using(function: Callable[..., Routing]) -> Callable[..., Routing]:
-        return lambda x, weight: function(x, weight, top_k, normalise)
-
-    inputs = [place.random(ROWS, config.hidden_size), place.random(config.num_experts, config.hidden_size)]
-    return compare(using(compute), using(definition), inputs, place)
-
-
-def loss(compute: Callable[..., Any], definition: Callable[..., Any], place: Place) -> float:
-    """Cross entropy over a vocabulary that no tile divides, some tokens not supervised."""
+    hidden, eps = config.hidden_size, config.rms_norm_eps
+    x, delta, weight = place.random(ROWS, hidden), place.random(ROWS, hidden), place.random(hidden)
     labels = torch.arange(ROWS, device=place.device).view(1, -1)
     labels = torch.where(labels % 3 == 0, -100, labels)
+    top_k, normalise = config.num_experts_per_tok, config.norm_topk_prob
+    router = place.random(config.num_experts, hidden)  # so large that no rounding changes the choice of experts
+    head = place.weight(1000, hidden)  # a vocabulary that no tile divides
+    return max(
+        compare(*_both(fast.norm, plain.norm, eps), [x, weight], place),
+        compare(*_both(fast.add_and_norm, plain.add_and_norm, eps), [x, delta, weight], place),
+        compare(*_both(fast.route, plain.route, top_k, normalise), [x, router], place),
+        compare(fast.activate, plain.activate, [x, delta], place),
+        compare(
+            lambda *inputs: fast.add_gated(None, *inputs), lambda *inputs: plain.add_gated(None, *inputs),
+            [delta, x, place.weight(1, hidden)], place,
+        ),
+        compare(*_both(fast.loss, plain.loss, labels), [x.detach()[None].requires_grad_(), head], place),
+    )  # fmt: skip
 
-    def using(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda x, weight: function(x, weight, labels)
 
-    hidden = place.config.hidden_size
-    return compare(
-        using(compute), using(definition), [place.random(1, ROWS, hidden), place.weight(1000, hidden)], place
+def mixers(fast: Any, plain: Any, place: Place) -> float:
+    """What lies between the projections of DeltaNet and attention, two documents; the largest relative error of all."""
+    segments = torch.arange(ROWS, device=place.device).view(1, -1) // (ROWS - 50)
+    return max(_deltanet(fast, plain, place, segments), _attention(fast, plain, place, segments))
+
+
+def _deltanet(fast: Any, plain: Any, place: Place, segments: Tensor) -> float:
+    config = place.config
+    heads = Heads(
+        config.linear_num_key_heads, config.linear_num_value_heads,
+        config.linear_key_head_dim, config.linear_value_head_dim,
+    )  # fmt: skip
+    channels = 2 * config.key_dim + config.value_dim
+    projections = [place.random(1, ROWS, channels + config.value_dim), place.random(1, ROWS, 2 * heads.values)]
+    weights = [place.random(channels, config.linear_conv_kernel_dim), *(place.random(heads.values) for _ in range(2))]
+
+    def rule(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, write: Tensor) -> Tensor:
+            return form(
+                query=l2_normalize(query), key=l2_normalize(key), value=value, log_decay=-F.softplus(decay.float()),
+                write=write.float().sigmoid(), segment_ids=segments,
+            ).to(value.dtype)  # fmt: skip
+
+        return run
+
+    by_key, by_value = (1, ROWS, heads.keys, heads.key_dim), (1, ROWS, heads.values, heads.value_dim)
+    read = [*(place.random(*shape) for shape in (by_key, by_key, by_value)), *(place.random(*by_value[:3]),) * 2]
+    value, gate = place.random(*by_value), place.random(*by_value)
+    gate = gate.detach().view(1, ROWS, heads.keys, -1).requires_grad_()
+    norm = [value, gate, place.random(heads.value_dim)]
+    return max(
+        compare(*_both(fast.prepare_delta, plain.prepare_delta, segments, heads), [*projections, *weights], place),
+        compare(rule(fast.rule), rule(plain.rule), read, place),
+        compare(*_both(fast.gated_norm, plain.gated_norm, config.rms_norm_eps), norm, place),
     )
+
+
+def _attention(fast: Any, plain: Any, place: Place, segments: Tensor) -> float:
+    config = place.config
+    dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    positions = positions_in_segments(segments)
+    cos, sin = rotary_table(positions, config.rotary_dim, config.rope_theta, place.dtype)
+    norms = [place.random(dim), place.random(dim)]
+
+    def prepare(form: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda q_gate, key, *weights: form(q_gate, key, cos, sin, *weights, config.rms_norm_eps)
+
+    packing = Packing(segments, documents=2, longest=ROWS - 50)
+    projections = [place.random(1, ROWS, 2 * heads * dim), place.random(1, ROWS, kv_heads * dim)]
+    read = [place.random(1, ROWS, number, dim) for number in (heads, kv_heads, kv_heads)]
+    output = [place.random(1, ROWS, heads, dim), place.random(1, ROWS, heads, dim)]
+    return max(
+        compare(prepare(fast.prepare_attention), prepare(plain.prepare_attention), [*projections, *norms], place),
+        compare(
+            lambda *inputs: fast.attend_packed(*inputs, fast.isolate(packing)),
+            lambda *inputs: plain.attend_packed(*inputs, plain.isolate(packing)), read, place,
+        ),
+        compare(fast.gate_output, plain.gate_output, output, place),
+    )  # fmt: skip
+
+
+def _both(
+    fast: Callable[..., Any], plain: Callable[..., Any], *rest: Any
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both forms as functions of the tensors alone, with `rest` behind them."""
+    return (lambda *inputs: fast(*inputs, *rest)), (lambda *inputs: plain(*inputs, *rest))

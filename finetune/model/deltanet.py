@@ -55,7 +55,9 @@ class GatedDeltaNet(nn.Module):
             config.linear_key_head_dim,
             config.linear_value_head_dim,
         )
+        # The definitions, or kernels equal to them.
         self.prepare: Prepare = prepare
+        self.rule: Callable[..., Tensor] = chunked_gated_delta_rule
         hidden, channels = config.hidden_size, 2 * config.key_dim + config.value_dim
         self.in_proj_qkvz = nn.Linear(hidden, 2 * config.key_dim + 2 * config.value_dim, bias=False)
         self.in_proj_ba = nn.Linear(hidden, 2 * self.heads.values, bias=False)
@@ -78,7 +80,7 @@ class GatedDeltaNet(nn.Module):
             segment_ids,
             self.heads,
         )
-        out = chunked_gated_delta_rule(
+        out = self.rule(
             query=prepared.query,
             key=prepared.key,
             value=prepared.value,
