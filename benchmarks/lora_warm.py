@@ -6,6 +6,7 @@ that has compiled nothing yet. Here every process tries a share of the forms.
 
 import importlib
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import torch
 from benchmarks.lora_models import FULL, MissingError, lift_refusal
 from benchmarks.lora_worker import Bench, Setting
 
-PROCESSES = 12
+PROCESSES = os.cpu_count() or 1
 
 
 def warm_up(names: Sequence[str]) -> None:
@@ -66,16 +67,13 @@ def _share(number: int) -> None:
 
 def _autotuners() -> Iterator[Any]:
     """Every tuner in every module that is loaded, however wrapped."""
-    kind = importlib.import_module("triton.runtime.autotuner").Autotuner
+    tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+    kernel = importlib.import_module("triton.runtime.jit").KernelInterface
     seen = set()
     for module in list(sys.modules.values()):
         for value in list(getattr(module, "__dict__", {}).values()):
-            depth = 0
-            while value is not None and depth < 4:
-                if isinstance(value, kind) and id(value) not in seen:
+            while isinstance(value, kernel):
+                if isinstance(value, tuner) and id(value) not in seen:
                     seen.add(id(value))
                     yield value
-                value, depth = (
-                    getattr(value, "fn", None) if type(value).__module__.startswith("triton") else None,
-                    depth + 1,
-                )
+                value = getattr(value, "fn", None)
