@@ -1,0 +1,286 @@
+"""The contenders of the LoRA step: one adapted model, the same parameters, as this project and its peers run it.
+
+The base is transformers with peft and torch's grouped product for the experts, and on a GPU flash-linear-attention and
+causal-conv1d. To it are added Liger's fused loss and norms, and the experts of Unsloth or axolotl: their own code, from
+their own packages, called through transformers' registry of expert implementations.
+
+Every contender has parameters of the same names, so that filling them by name gives all the same model.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import types
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.kernels.experts import choose
+from finetune.lora import inject
+from finetune.model.config import ModelConfig
+from finetune.model.model import HybridMoEForCausalLM
+from finetune.model.moe import Experts
+
+RANK, ALPHA = 16, 32.0
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj")
+NO_RECOMPUTE = "_no_recompute"  # at the end of a name: nothing is computed twice, where memory allows
+
+# Widths of Qwen3-Next-80B-A3B and Qwen3-Coder-Next.
+FULL: dict[str, Any] = {
+    "model_type": "qwen3_next", "vocab_size": 151936, "hidden_size": 2048, "full_attention_interval": 4,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25,
+    "rope_theta": 5_000_000.0, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "num_experts": 512, "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "intermediate_size": 5120,
+    "norm_topk_prob": True, "max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model ready to train, whoever wrote it."""
+
+    model: nn.Module
+    layers: nn.ModuleList  # to cut the model shorter
+    loss: Callable[[Tensor], Tensor]  # token ids (batch, time) -> mean loss of the next token
+    logits: Callable[[Tensor, Tensor], Tensor]  # ids, positions -> (batch, positions, vocabulary), without gradient
+    autocast: Callable[[], AbstractContextManager[object]]  # around the forward pass
+    about: str  # which kernels run, with versions
+
+
+class MissingError(RuntimeError):
+    """A package that a contender needs is not installed here."""
+
+
+def build(name: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Contender:
+    """The contender of this name, its parameters not yet filled.
+
+    Raises:
+        MissingError: a package is not installed.
+    """
+    recompute = not name.endswith(NO_RECOMPUTE)
+    name = name.removesuffix(NO_RECOMPUTE)
+    if name == "nextune":
+        return _nextune(values, device, dtype, recompute=recompute)
+    base, *parts = name.split("_liger")
+    if base not in ("transformers_peft", "transformers_peft_fla"):
+        raise ValueError(f"no contender is called {name}")
+    return _transformers(values, device, dtype, recompute=recompute, fla=base.endswith("_fla"), extra=parts)
+
+
+def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, *, recompute: bool) -> Contender:
+    """What `finetune.assembly` puts together, less the reading of a checkpoint."""
+    with _built_on(device, dtype):
+        model = HybridMoEForCausalLM(ModelConfig.from_dict(values))
+    config = model.settings
+    compute, chosen = choose(
+        "auto", hidden=config.hidden_size, width=config.moe_intermediate_size, device=device, dtype=dtype
+    )
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.compute = compute
+    model.recompute = recompute
+    model.keep_router_logits = False
+    inject(model, rank=RANK, alpha=ALPHA, dropout=0.0, targets=TARGETS, seed=0)
+    model.train()
+
+    def loss(ids: Tensor) -> Tensor:
+        labels = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), dim=1)
+        output = model(ids, torch.zeros_like(ids), labels=labels)
+        assert output.loss_sum is not None
+        return output.loss_sum / output.token_count
+
+    def logits(ids: Tensor, positions: Tensor) -> Tensor:
+        return model(ids, torch.zeros_like(ids)).logits[:, positions]
+
+    return Contender(model, model.model.layers, loss, logits, nullcontext, chosen)
+
+
+def _transformers(
+    values: dict[str, Any], device: torch.device, dtype: torch.dtype, *, recompute: bool, fla: bool, extra: list[str]
+) -> Contender:
+    """transformers' model with peft's adapters, as its Trainer runs it: adapters float32, the rest under autocast."""
+    if fla:
+        lift_refusal()
+        _installed("causal_conv1d")
+    modeling = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+    peft = importlib.import_module("peft")
+    if extra:
+        _installed("liger_kernel")
+        importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_qwen3_next(swiglu=False)
+    config = modeling.Qwen3NextConfig(**values)
+    config._experts_implementation = _experts(extra[0].removeprefix("_") if extra else "")
+    with _built_on(device, dtype):
+        model = modeling.Qwen3NextForCausalLM(config)
+    if recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS), bias="none")
+    adapted = peft.get_peft_model(model, lora)
+    adapted.train()
+    found = {
+        name.rpartition(".lora_A")[0].rpartition(".")[2] for name, p in adapted.named_parameters() if p.requires_grad
+    }
+    assert found - {""} == set(TARGETS), f"peft adapted {sorted(found)}"
+
+    def autocast() -> AbstractContextManager[object]:
+        return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
+
+    def loss(ids: Tensor) -> Tensor:
+        return adapted(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def logits(ids: Tensor, positions: Tensor) -> Tensor:
+        return adapted(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+
+    packages = (
+        ["transformers", "peft"] + ["flash-linear-attention", "causal-conv1d"] * fla + ["liger-kernel"] * bool(extra)
+    )
+    about = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+    return Contender(
+        adapted, model.model.layers, loss, logits, autocast, f"{about}, experts {config._experts_implementation}"
+    )
+
+
+def _experts(kind: str) -> str:
+    """Register these experts with transformers; the name under which they are then known there."""
+    if not kind:
+        return "grouped_mm"
+    if kind == "unsloth":
+        # Its packages' own __init__ wants the rest of Unsloth, of which the experts use nothing.
+        _bare_package("unsloth_zoo")
+        _bare_package("unsloth_zoo.temporary_patches")
+        function = importlib.import_module("unsloth_zoo.temporary_patches.moe_utils").forward_moe_backend
+    elif kind == "axolotl":
+        _bare_package("axolotl.integrations.kernels")
+        module = importlib.import_module("axolotl.integrations.kernels.libs.scattermoe_lora.experts")
+        function = module.scattermoe_experts_forward
+    elif kind == "experts":
+        liger = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
+
+        def function(self: Any, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+            return liger.apply(x, self.gate_up_proj, self.down_proj, experts.int(), weights)
+
+    else:
+        raise ValueError(f"no experts are called {kind}")
+    importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS.register(kind, function)
+    return kind
+
+
+def _bare_package(name: str) -> None:
+    """Make the parts of a package importable without running its `__init__`."""
+    parent, _, last = name.rpartition(".")
+    if parent:
+        folders = [f"{folder}/{last}" for folder in importlib.import_module(parent).__path__]
+    else:
+        spec = _installed(name)
+        folders = list(spec.submodule_search_locations or [])
+    package = types.ModuleType(name)
+    package.__path__ = folders
+    sys.modules[name] = package
+
+
+def _installed(name: str) -> Any:
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise MissingError(f"{name} is not installed")
+    return spec
+
+
+def lift_refusal() -> None:
+    """Let flash-linear-attention train on Hopper with Triton 3.4 to 3.7.0, which it refuses.
+
+    What it fears was looked for on an H100 with Triton 3.6 and not found: its gradients are those of the recurrence in
+    float32 to 9e-3. The comparison of losses below would show it in any contender that had it.
+    """
+    _installed("fla")
+    importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True
+
+
+@contextmanager
+def _built_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside have their parameters on this device, in this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, *, zipf: bool = False, seed: int = 0) -> None:
+    """Give every parameter the value that its name says, the same in every contender, on the device itself.
+
+    No parameter keeps the value that initialisation would give it (norms are not the identity, decays are slow enough
+    for the state to matter), so that every convention shows in the loss. Factor B is zero: training starts at the base.
+
+    Args:
+        zipf: routers prefer some experts, so that shares of the load fall off as 1 / rank about.
+    """
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        last = name.split(".")[-2] if name.endswith(".weight") else name.rpartition(".")[2]
+        if ".lora_B." in name:
+            parameter.zero_()
+        elif ".lora_A." in name:  # drawn in bfloat16, which all contenders can hold
+            drawn = torch.empty(parameter.shape, dtype=torch.bfloat16, device=parameter.device)
+            bound = parameter.shape[1] ** -0.5
+            parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
+        elif last == "A_log":
+            parameter.uniform_(0.01, 1, generator=generator).log_()
+        elif last == "dt_bias":
+            parameter.normal_(-2, 1, generator=generator)
+        elif parameter.ndim == 1:  # norms: that of DeltaNet multiplies by its weight, the others by 1 + weight
+            parameter.normal_(1.0 if name.endswith("linear_attn.norm.weight") else 0.0, 0.1, generator=generator)
+        elif last in ("embed_tokens", "conv1d"):
+            parameter.normal_(0, 1.0 if last == "embed_tokens" else 0.4, generator=generator)
+        else:
+            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+        if zipf and last == "embed_tokens":
+            parameter.add_(_direction(parameter))
+        if zipf and name.endswith("mlp.gate.weight"):
+            order = torch.randperm(len(parameter), generator=generator, device=parameter.device) + 1
+            preference = -order.to(parameter.dtype).log() * 3 / parameter.shape[1]
+            parameter.add_(preference.unsqueeze(1) * _direction(parameter))
+
+
+def _direction(parameter: Tensor) -> Tensor:
+    """Signs that every token's hidden state shares with every router, when the load is to be uneven."""
+    generator = torch.Generator(parameter.device).manual_seed(1)
+    signs = torch.randint(0, 2, (parameter.shape[1],), generator=generator, device=parameter.device)
+    return (2 * signs - 1).to(parameter.dtype)
+
+
+def flops_per_token(values: dict[str, Any], layers: int, time: int) -> float:
+    """Multiplications and additions that a LoRA step must do for one token, recompute not counted.
+
+    Forward and the gradient of inputs through frozen matrices (4 for each parameter that a token uses), forward and
+    backward of attention (half of time x time, 2.5 times the work going back), of the delta rule, and of the adapters.
+    """
+    config = ModelConfig.from_dict({**values, "num_hidden_layers": layers})
+    hidden = config.hidden_size
+    full = sum(kind == "full_attention" for kind in config.layer_types)
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = ((hidden, 2 * queries), (hidden, keys), (hidden, keys), (queries, hidden))
+    inner, heads = config.value_dim, config.linear_num_value_heads
+    deltanet = ((hidden, 2 * config.key_dim + 2 * inner), (hidden, 2 * heads), (inner, hidden))
+    experts = hidden * config.num_experts + 3 * hidden * (
+        config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
+    )
+    used = layers * experts + hidden * config.vocab_size
+    adapters = 0
+    for shapes, count in ((attention, full), (deltanet, layers - full)):
+        used += count * sum(inputs * outputs for inputs, outputs in shapes)
+        adapters += count * RANK * sum(inputs + outputs for inputs, outputs in shapes)
+    scores = 2 * time * queries  # forward, over the causal half
+    # Forward of the delta rule in chunks of 64: three products with the state, four within the chunk.
+    key, value = config.linear_key_head_dim, config.linear_value_head_dim
+    rule = 2 * heads * (3 * key * value + 2 * 64 * (key + value))
+    return 4 * used + full * 3.5 * scores + (layers - full) * 3 * rule + 6 * adapters
