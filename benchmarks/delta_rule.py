@@ -27,7 +27,9 @@ LIMITS = {"log_decay": 1e-2}  # relative error in bfloat16; 6e-3 for everything 
 Implementation = Callable[..., Tensor]
 
 
-def inputs(batch: int, time: int, *, decay: float, documents: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+def inputs(
+    batch: int, time: int, *, decay: float, documents: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
     """Random tokens; log decays uniform in [-decay, 0]."""
     tensors = {
         "query": l2_normalize(torch.randn(batch, time, KEY_HEADS, DIM, device="cuda")).to(dtype),
@@ -38,14 +40,18 @@ def inputs(batch: int, time: int, *, decay: float, documents: int, dtype: torch.
     }
     tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     borders = torch.randint(0, time, (batch, documents - 1), device="cuda")
-    counts = torch.zeros(batch, time, dtype=torch.long, device="cuda").scatter_add_(1, borders, torch.ones_like(borders))
+    counts = torch.zeros(batch, time, dtype=torch.long, device="cuda").scatter_add_(
+        1, borders, torch.ones_like(borders)
+    )
     return tensors | {"segment_ids": counts.cumsum(1)}
 
 
 def flash_linear_attention() -> Implementation:
     rule = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
 
-    def run(*, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, write: Tensor, segment_ids: Tensor) -> Tensor:
+    def run(
+        *, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, write: Tensor, segment_ids: Tensor
+    ) -> Tensor:
         return rule(query, key, value, log_decay, write)[0]
 
     return run

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.kernels.experts import choose
+from finetune.kernels.choose import choose, install
+from finetune.kernels.trial import Place
 from finetune.lora import inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.model.moe import Experts
 
 RANK, ALPHA = 16, 32.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj")
@@ -79,12 +79,8 @@ def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, *
     with _built_on(device, dtype):
         model = HybridMoEForCausalLM(ModelConfig.from_dict(values))
     config = model.settings
-    compute, chosen = choose(
-        "auto", hidden=config.hidden_size, width=config.moe_intermediate_size, device=device, dtype=dtype
-    )
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.compute = compute
+    kernels = choose(experts="auto", layers="auto", mixers="auto", place=Place(config, device, dtype))
+    install(model, kernels)
     model.recompute = recompute
     model.keep_router_logits = False
     inject(model, rank=RANK, alpha=ALPHA, dropout=0.0, targets=TARGETS, seed=0)
@@ -99,7 +95,7 @@ def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, *
     def logits(ids: Tensor, positions: Tensor) -> Tensor:
         return model(ids, torch.zeros_like(ids)).logits[:, positions]
 
-    return Contender(model, model.model.layers, loss, logits, nullcontext, chosen)
+    return Contender(model, model.model.layers, loss, logits, nullcontext, "; ".join(kernels.said))
 
 
 def _transformers(

@@ -139,9 +139,7 @@ def _scan(
     )  # fmt: skip
 
 
-def _reverse(
-    query: Tensor, key: Tensor, gradient: Tensor, chunks: _Chunks, d_states: Tensor, d_value: Tensor
-) -> None:
+def _reverse(query: Tensor, key: Tensor, gradient: Tensor, chunks: _Chunks, d_states: Tensor, d_value: Tensor) -> None:
     """Walk the chunks from the end; write the gradients of the values and of the state after each chunk."""
     batch, time, heads, columns = gradient.shape
     if not time:

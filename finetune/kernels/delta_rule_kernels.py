@@ -100,7 +100,9 @@ def scan_kernel(
         live = (at < time - chunk * C)[:, None]
         side = (head // GROUP) * K + along[None, :]
         k = tl.load(key + start * k_stride + (at * k_stride)[:, None] + side, mask=live, other=0.0)
-        v = tl.load(value + start * v_stride + (at * v_stride)[:, None] + head * V + column[None, :], mask=live, other=0.0)
+        v = tl.load(
+            value + start * v_stride + (at * v_stride)[:, None] + head * V + column[None, :], mask=live, other=0.0
+        )
         solve = tl.load(inverse + here * C * C + square)
         from_start, to_end = tl.load(enters + here * C + at), tl.load(leaves + here * C + at)
         stays = tl.load(enters + here * C + C - 1)
@@ -202,7 +204,9 @@ def gradient_kernel(
         pairs += d_system * tl.dot(k, tl.trans(k), input_precision=PRECISION)
         d_b = tl.sum(pairs, 0) + left
         d_total = tl.sum(pairs * b[None, :], 1) + entered - b * d_b
-        d_total += tl.where(at == C - 1, tl.sum(b * left, 0) + stayed * tl.sum(tl.where(at == C - 1, from_start, 0.0), 0), 0.0)
+        d_total += tl.where(
+            at == C - 1, tl.sum(b * left, 0) + stayed * tl.sum(tl.where(at == C - 1, from_start, 0.0), 0), 0.0
+        )
         d_log = tl.sum(tl.where(reaches, d_total[:, None], 0.0), 0)
         tl.store(d_log_decay + (start + at) * HEADS + head, d_log, mask=live)
         tl.store(d_write + (start + at) * HEADS + head, d_b, mask=live)
