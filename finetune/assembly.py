@@ -176,7 +176,7 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
         if recipe.model.init == "pretrained":
             load_weights(model, folder, dtype, world.device, say)
         else:
-            model.to_empty(device=world.device).to(dtype)
+            model.to_empty(device=world.device).cast(dtype)
             model.tie()
             initialise(model, recipe.train.seed)
     for module in model.modules():

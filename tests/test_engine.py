@@ -27,7 +27,7 @@ from finetune.recipe_sections import MIXER_TARGETS
 from finetune.step import optimize, seed_step, token_counts
 from finetune.window import Windows
 from tests.ranks import ranks
-from tests.test_layouts import CONFIG, Layout, batch_of_step, model_of, recipe_of
+from tests.test_rank_layouts import CONFIG, Layout, batch_of_step, model_of, recipe_of
 
 BEFORE, AFTER = (1, 2), (3, 4)  # steps before the state is stored, and after
 EXPERTS = CONFIG.num_experts
@@ -54,7 +54,7 @@ def engine_of(
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.data.fill_(0.02)
-    model.to(dtype)
+    model.cast(dtype)
     for parameter in model.parameters():
         if parameter.requires_grad and other_weights:
             parameter.data.mul_(0.5).add_(0.1)

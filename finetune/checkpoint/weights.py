@@ -36,7 +36,7 @@ from finetune.checkpoint.shards import (
     write_shards,
 )
 from finetune.model.config import ModelConfig
-from finetune.model.model import HybridMoEForCausalLM
+from finetune.model.model import HybridMoEForCausalLM, parameter_dtype
 
 MAX_SHARD_BYTES = 5e9  # what the hub's own tools write
 PROGRESS_SECONDS = 10.0  # between two lines about a long load
@@ -160,12 +160,13 @@ def _wanted(stored: Stored, slot: Slot, parameter: Tensor, local: range) -> Want
 
 
 def _materialise(model: HybridMoEForCausalLM, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
-    """Put an empty parameter of `dtype` on `device` in the place of every parameter of the model."""
+    """Put an empty parameter on `device` in the place of every parameter of the model; weights have `dtype`."""
     expected = parameter_shapes(model.settings).keys()
     parameters: dict[str, Tensor] = {}
     for name, old in list(model.named_parameters()):
         assert name in expected, f"{name} is not a parameter of the plain model; load before adding adapters"
-        new = nn.Parameter(torch.empty(old.shape, dtype=dtype, device=device), requires_grad=old.requires_grad)
+        empty = torch.empty(old.shape, dtype=parameter_dtype(name, dtype), device=device)
+        new = nn.Parameter(empty, requires_grad=old.requires_grad)
         new.__dict__.update(old.__dict__)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, new)

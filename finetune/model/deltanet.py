@@ -12,6 +12,9 @@ from finetune.model.config import ModelConfig
 from finetune.model.delta_rule import chunked_gated_delta_rule
 from finetune.model.layers import GatedRMSNorm
 
+# Always float32: at bfloat16 a decay rate has 8 bits, and an update of a thousandth of it is lost.
+DECAY_RATES = (".A_log", ".dt_bias")
+
 
 class GatedDeltaNet(nn.Module):
     """Linear attention with a decaying state per head, a short convolution before it and a gated norm after it.
