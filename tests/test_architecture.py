@@ -20,7 +20,7 @@ RECIPE = (
     "finetune.yaml_tree",
 )
 PLAN = (
-    *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text"),
+    *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text", "finetune.state_bytes"),
     *("finetune.recipe", "finetune.recipe_sections", "finetune.model.config"),
 )
 # A file whose path starts with the left side may import nothing whose name starts with a word on the right.
@@ -34,6 +34,7 @@ FORBIDDEN = {
     "finetune/wording.py": ("torch", "deepspeed", "transformers"),
     "finetune/yaml_tree.py": ("torch", "deepspeed", "transformers"),
     "finetune/planner.py": ("torch", "deepspeed"),
+    "finetune/state_bytes.py": ("torch", "deepspeed"),
     "finetune/checkpoint/": ("deepspeed",),
     "finetune/engine.py": ("data", "monitoring"),
 }
@@ -47,6 +48,7 @@ ALLOWED = {
     "finetune/activations.py": PLAN,
     "finetune/arithmetic.py": PLAN,
     "finetune/plan_text.py": PLAN,
+    "finetune/state_bytes.py": PLAN,
     "finetune/model/": ("finetune.model",),
     "finetune/kernels/": ("finetune.model", "finetune.kernels"),
     "finetune/checkpoint/": ("finetune.model", "finetune.checkpoint", "monitoring.files"),

@@ -217,7 +217,7 @@ def save_pretrained(
     Args:
         base: checkpoint folder that the model comes from. Its configuration, tokenizer, templates and other files go
             into the new folder byte for byte, and so do its `mtp.*` tensors. Without it a configuration is written.
-        dtype: of every tensor of the model; by default what `base` stores it in, else that of the parameter.
+        dtype: of every tensor of the model; by default what `base` stores it in, else that of the model's weights.
 
     Raises:
         CheckpointError: `folder` is not free, `base` is not a checkpoint of this model, or the disk refused.
@@ -234,7 +234,7 @@ def save_pretrained(
     slots = stored_tensors(config)
     entries = {}
     for name, slot in slots.items():
-        stored = kept[slot.parameter] if kept else parameters[slot.parameter].dtype
+        stored = kept[slot.parameter] if kept else model.lm_head.weight.dtype
         entries[name] = Entry(dtype or stored, slot.shape)
     for name, carried in origin.tensors.items() if origin else ():
         if is_carried(name):
