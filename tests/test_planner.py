@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
 from data.packing import Batch
 from finetune import engine as engines
-from finetune import state_bytes
-from finetune import planner
+from finetune import planner, state_bytes
 from finetune.activations import DELTA_CHUNK_TOKENS, LOSS_CHUNK_TOKENS, Setting, kept_between_layers, layer_tensors
 from finetune.arithmetic import recompute_operations, step_operations
 from finetune.kernels.experts import experts_grouped
