@@ -32,6 +32,7 @@ from finetune.parallel.experts import attach
 from finetune.parallel.world import World
 from finetune.recipe import Recipe, RecipeError, resolve
 from finetune.recipe_sections import Source as RecipeSource
+from finetune.zero import zeros_on_disk
 
 Say = Callable[[str], None]
 
@@ -74,6 +75,9 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
     for name, norm in prove_reach(model, one_micro_batch, recipe.router, world).items():
         say(f"proved: the loss of {name} reaches what trains (gradient norm {norm:.3g})")
 
+    if recipe.parallel.offload_path:
+        with world.together(RecipeError):  # room for all of it is asked for when it is known how much
+            zeros_on_disk(recipe.parallel.offload_path, torch.empty(1))
     accumulation = recipe.accumulation(world.size)
     loader = Loader(
         train,
@@ -175,7 +179,7 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
         if recipe.model.init == "pretrained":
             load_weights(model, folder, dtype, world.device, say)
         else:
-            model.to_empty(device=world.device).to(dtype)
+            model.to_empty(device=world.device).cast(dtype)
             model.tie()
             initialise(model, recipe.train.seed)
     install(model, kernels)

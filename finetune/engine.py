@@ -1,8 +1,9 @@
 """Everything DeepSpeed: its configuration derived from the recipe, the engine, the step, and its state by parameter.
 
-Two silent traps are closed here. DeepSpeed recognises expert parallelism only by its own layer classes, so unmarked
-experts would be overwritten by rank 0's: `ExpertEngine` follows the parameters instead. And its optimizer state is in
-flat partitions of this number of ranks: `training_state` and `restore` go by parameter name and expert id.
+Three silent traps are closed here. DeepSpeed recognises expert parallelism only by its own layer classes, so unmarked
+experts would be overwritten by rank 0's: `ExpertEngine` follows the parameters instead. It would round every parameter
+to bfloat16, the decay rates too, and with it gradients on their way: `zero.py` keeps both in float32. And its optimizer
+state is in flat partitions of this number of ranks: `training_state` and `restore` go by parameter name and expert id.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,24 +11,19 @@ from typing import Any
 
 import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from torch import Tensor, nn
 
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.optim import adamw, parameter_groups
-from finetune.parallel.experts import is_expert_parameter
+from finetune.parallel.experts import is_expert_parameter, is_marked
 from finetune.parallel.world import World, group_name
 from finetune.recipe import Recipe
+from finetune.zero import MOMENTS, Replicated, Sharded
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+REDUCE_BUCKET = 100_000_000  # gradients, in elements, that are sent at once
 
 
 class ExpertEngine(DeepSpeedEngine):  # type: ignore[misc]
@@ -39,11 +35,28 @@ class ExpertEngine(DeepSpeedEngine):  # type: ignore[misc]
         module = self.__dict__.get("_modules", {}).get("module")
         if module is None:
             return False
-        return any(p.requires_grad and not getattr(p, "allreduce", True) for p in module.parameters())
+        return any(p.requires_grad and is_marked(p) for p in module.parameters())
 
     @has_moe_layers.setter
     def has_moe_layers(self, value: bool) -> None:
         """Ignored: DeepSpeed sets it by looking for its own layers."""
+
+    def _cast_module_mixed_precision(self, *_: object) -> None:
+        """Parameters keep their dtype: `HybridMoEForCausalLM.cast` chose it, float32 for the decay rates."""
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+        """One optimizer for every dtype; DeepSpeed would choose among four, which sum gradients differently."""
+        return str(ZERO_OPTIMIZATION)
+
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Sharded | Replicated:
+        return Sharded(optimizer, self) if self.zero_optimization_stage() else Replicated(optimizer, self)
+
+    def buffered_allreduce_fallback(self, grads: object = None, elements_per_buffer: int = 0) -> None:
+        """Called by DeepSpeed at the end of a step's last backward pass when the stage is 0."""
+        self.optimizer.reduce()
+
+    def clip_fp32_gradients(self) -> None:
+        """Nothing: called by DeepSpeed when the stage is 0, whose optimizer clips by the norm over all ranks itself."""
 
 
 def mark_experts(model: nn.Module, world: World) -> None:
@@ -54,19 +67,28 @@ def mark_experts(model: nn.Module, world: World) -> None:
             parameter.group_name = group_name(world.expert_size)  # type: ignore[attr-defined]
 
 
-def deepspeed_config(recipe: Recipe, *, accumulation: int, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own configuration for this recipe; every default that would surprise is written out."""
+def deepspeed_config(
+    recipe: Recipe, *, accumulation: int, dtype: torch.dtype, bucket: int = REDUCE_BUCKET, on_gpu: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration for this recipe; every default that would surprise is written out.
+
+    Args:
+        dtype: of the weights.
+        bucket: elements of the buffer that gradients are gathered in, which is allocated whole.
+        on_gpu: whether what is offloaded travels to a GPU and back.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.optim.clip_norm,
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": {
             "stage": recipe.parallel.zero_stage,
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "overlap_comm": False,
-            "reduce_bucket_size": 100_000_000,
+            "reduce_bucket_size": bucket,
             "allgather_bucket_size": 100_000_000,
         },
         "zero_allow_untested_optimizer": True,
@@ -74,6 +96,12 @@ def deepspeed_config(recipe: Recipe, *, accumulation: int, dtype: torch.dtype) -
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if recipe.parallel.offload != "none":
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": recipe.parallel.offload,
+            "nvme_path": recipe.parallel.offload_path,
+            "pin_memory": recipe.parallel.offload == "cpu" and on_gpu,
+        }
     if dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return config
@@ -84,8 +112,16 @@ def start(model: HybridMoEForCausalLM, recipe: Recipe, world: World, *, accumula
     mark_experts(model, world)
     groups = parameter_groups(model, recipe.optim.weight_decay)
     split = split_params_into_different_moe_groups_for_optimizer(groups)
-    optimizer = adamw(split, recipe.optim, fused=world.device.type == "cuda")
-    config = deepspeed_config(recipe, accumulation=accumulation, dtype=next(model.parameters()).dtype)
+    on_gpu = world.device.type == "cuda"
+    # Offloaded states are updated by the host in place: the unfused form would hold further tensors as large as they.
+    optimizer = adamw(split, recipe.optim, fused=on_gpu or recipe.parallel.offload != "none")
+    config = deepspeed_config(
+        recipe,
+        accumulation=accumulation,
+        dtype=next(model.parameters()).dtype,
+        bucket=min(REDUCE_BUCKET, sum(p.numel() for p in model.parameters() if p.requires_grad)),
+        on_gpu=on_gpu,
+    )
     return ExpertEngine(
         args=None,
         model=model,
@@ -107,16 +143,13 @@ def training_state(engine: ExpertEngine, world: World) -> dict[str, Tensor]:
     """Float32 values and AdamW moments of what trains, as far as this rank is the one to store them. Collective.
 
     Keys are `{parameter}::{fp32|exp_avg|exp_avg_sq}`, for expert parameters with `::{expert id}` behind, so that the
-    state can be read back at any number of ranks and any expert parallel size. Dense parameters are stored by rank 0,
-    experts by the first rank that holds them.
+    state can be read back at any number of ranks, expert parallel size, ZeRO stage and place of the optimizer's state.
+    Dense parameters are stored by rank 0, experts by the first rank that holds them.
     """
-    _link_moments(engine)
     tensors = {}
     for name, parameter in _trainable(engine):
-        values = {"fp32": safe_get_full_fp32_param(parameter)}
-        values |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-        for kind, value in values.items():
-            assert value is not None, f"DeepSpeed has no {kind} for {name}"
+        for kind in ("fp32", *MOMENTS):
+            value = engine.optimizer.read(parameter, kind)
             if not is_expert_parameter(name):
                 if world.is_main:
                     tensors[f"{name}::{kind}"] = value.detach().cpu().clone()
@@ -133,12 +166,6 @@ def restore(engine: ExpertEngine, read: Callable[[str], Tensor], *, step: int) -
         read: the stored tensor of this key, as `training_state` named it.
         step: optimizer steps taken when the state was stored.
     """
-    for state, partition in _partitions(engine):
-        state[partition] = {
-            "step": torch.tensor(float(step), device=partition.device),  # where the fused AdamW expects it
-            **{moment: torch.zeros_like(partition) for moment in MOMENTS},
-        }
-    _link_moments(engine)
     for name, parameter in _trainable(engine):
 
         def whole(kind: str, name: str = name) -> Tensor:
@@ -146,9 +173,9 @@ def restore(engine: ExpertEngine, read: Callable[[str], Tensor], *, step: int) -
                 return read(f"{name}::{kind}")
             return torch.stack([read(f"{name}::{kind}::{expert}") for expert in engine.module.local_experts])
 
-        safe_set_full_fp32_param(parameter, whole("fp32"))
-        for moment in MOMENTS:
-            safe_set_full_optimizer_state(parameter, whole(moment), moment)
+        for kind in ("fp32", *MOMENTS):
+            engine.optimizer.write(parameter, kind, whole(kind))
+    engine.optimizer.set_step(step)
     # Without this the first forward pass would still use the weights from before.
     engine.optimizer.update_lp_params()
     engine.global_steps = step
@@ -156,23 +183,3 @@ def restore(engine: ExpertEngine, read: Callable[[str], Tensor], *, step: int) -
 
 def _trainable(engine: ExpertEngine) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
-
-
-def _link_moments(engine: ExpertEngine) -> None:
-    """Connect each parameter to its slice of the moments.
-
-    DeepSpeed 0.19.8 does so once, in the first step: in most cases while only the first group has moments, and never
-    for moments that were put in before a step.
-    """
-    engine.optimizer._hp_optimizer_states_linked = False
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _partitions(engine: ExpertEngine) -> list[tuple[dict[Any, Any], Tensor]]:
-    """The inner optimizer's state, and the flat float32 partitions of this rank that are its parameters."""
-    optimizer = engine.optimizer
-    if isinstance(optimizer, BF16_Optimizer):
-        flat = optimizer.fp32_groups_flat_partition
-    else:
-        flat = optimizer.single_partition_of_fp32_groups
-    return [(optimizer.optimizer.state, partition) for partition in flat]

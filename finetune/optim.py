@@ -5,26 +5,33 @@ import math
 import torch
 from torch import nn
 
+from finetune.model.deltanet import DECAY_RATES
+from finetune.parallel.experts import is_marked
 from finetune.recipe_sections import Optim
 
-NOT_DECAYED = ("A_log", "dt_bias", "norm.weight", "embed_tokens.weight")
+NOT_DECAYED = ("norm.weight", "embed_tokens.weight")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Trainable parameters as AdamW groups: matrices with decay; norms, decay rates, biases and embeddings without.
 
     Decay would pull the zero-centred norms to the identity, `linear_attn.norm` to zero, and the decay rates of DeltaNet
-    to a fixed time scale. Expert parameters keep groups of their own, since DeepSpeed reduces them over other ranks.
+    to a fixed time scale. These have a group of their own, after others, since DeepSpeed wants one dtype in a group and
+    takes the first group's for the model's. So have expert parameters, since DeepSpeed reduces them over other ranks.
     """
-    sets: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "experts": []}
+    sets: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "decay rates": [], "experts": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_expert = not getattr(parameter, "allreduce", True)  # set by engine.mark_experts
-        kind = "experts" if is_expert else "plain" if name.endswith(NOT_DECAYED) else "decayed"
+        if is_marked(parameter):
+            kind = "experts"
+        elif name.endswith(DECAY_RATES):
+            kind = "decay rates"
+        else:
+            kind = "plain" if name.endswith(NOT_DECAYED) else "decayed"
         sets[kind].append(parameter)
     return [
-        {"name": kind, "params": parameters, "weight_decay": 0.0 if kind == "plain" else weight_decay}
+        {"name": kind, "params": parameters, "weight_decay": 0.0 if kind in ("plain", "decay rates") else weight_decay}
         for kind, parameters in sets.items()
         if parameters
     ]

@@ -15,7 +15,10 @@ def render(plan: Plan, source: str = "") -> str:
     lines = [
         f"{recipe.name}: {recipe.model.path} on {machine.ranks} rank{'s' if machine.ranks > 1 else ''}"
         f" ({machine.device_name}, {min(machine.ranks, machine.ranks_per_node)} a node),"
-        f" expert parallel {recipe.parallel.expert}, ZeRO-{recipe.parallel.zero_stage}",
+        f" expert parallel {recipe.parallel.expert}, ZeRO-{recipe.parallel.zero_stage}"
+        + {"none": "", "cpu": ", optimizer's state in host memory", "nvme": ", optimizer's state on a disk"}[
+            recipe.parallel.offload
+        ],
         *([source] if source else []),
         f"{total:,} parameters, of which {plan.trained:,} train ({plan.trained / total:.3%})",
         "",
@@ -29,6 +32,7 @@ def render(plan: Plan, source: str = "") -> str:
         "Beside the ranks",
         f"  memory of each node while weights are read {_gib(plan.host_load_bytes)} GiB,"
         f" of rank 0 for a checkpoint {_gib(plan.host_save_bytes)} GiB",
+        *_offload(plan),
         *_disk(plan),
         "",
         "Assumed",
@@ -47,6 +51,12 @@ def _verdict(plan: Plan) -> list[str]:
     )
     if plan.fits:
         return [f"Fits: {what}."]
+    if plan.rank_bytes <= room:
+        return [
+            f"Does NOT fit: {what}, but what is offloaded takes {_gib(plan.offload_host_bytes)} GiB of the"
+            f" {_gib(plan.machine.host_bytes or 0)} GiB of a node's memory.",
+            f"To make it fit: {plan.suggestion}.",
+        ]
     largest = max(plan.memory, key=lambda name: plan.memory[name])
     return [
         f"Does NOT fit: {what}; most of it is '{largest}', {_gib(plan.memory[largest])} GiB.",
@@ -99,6 +109,17 @@ def _exchange(made: Exchange) -> list[str]:
         f"  its time: at least {made.seconds:,.3g} s a step at {' and '.join(filter(None, (node, network)))};"
         " what of it other work hides was not measured",
     ]
+
+
+def _offload(plan: Plan) -> list[str]:
+    if plan.recipe.parallel.offload == "none":
+        return []
+    in_memory = f"  memory of each node for what is offloaded {_gib(plan.offload_host_bytes)} GiB"
+    if plan.machine.device_bytes is None:
+        in_memory = "  what is offloaded is in the memory of the ranks, which have no other"
+    if not plan.offload_disk_bytes:
+        return [in_memory]
+    return [f"{in_memory}, disk {_gib(plan.offload_disk_bytes)} GiB in {plan.recipe.parallel.offload_path}"]
 
 
 def _disk(plan: Plan) -> list[str]:

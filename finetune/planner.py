@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from finetune import activations
+from finetune import activations, state_bytes
 from finetune.activations import FLOAT32
 from finetune.arithmetic import recompute_operations, step_operations
 from finetune.exchange_plan import NVLINK_GBIT, UNKNOWN, Exchange, Links, exchange
@@ -20,7 +20,6 @@ from finetune.recipe import CHECKOUT, Recipe, RecipeError, resolve
 
 GIB = 2**30
 REFERENCE = CHECKOUT / "recipes" / "reference" / "qwen3-coder-next.json"
-REDUCE_BUCKET = 100_000_000  # elements; `reduce_bucket_size` of `engine.deepspeed_config`
 # Held by CUDA, NCCL and libraries on a GPU, by Python with its libraries on the host, for each rank.
 RUNTIME_DEVICE_BYTES = 3 * GIB // 2
 RUNTIME_HOST_BYTES = GIB
@@ -80,9 +79,41 @@ class Plan:
         )
 
     @property
+    def shard(self) -> int:
+        """Parameters whose float32 copy and moments one rank keeps.
+
+        ZeRO divides dense parameters over all ranks, experts over those that hold the same ones.
+        """
+        if self.recipe.parallel.zero_stage == 0:
+            return self.trained_dense + self.trained_experts // self.recipe.parallel.expert
+        return -(-self.trained_dense // self.machine.ranks) + -(-self.trained_experts // self.machine.ranks)
+
+    @property
+    def offload_disk_bytes(self) -> int:
+        """Disk of one node that holds the optimizer's state."""
+        on_disk = self.recipe.parallel.offload == "nvme"
+        return on_disk * 3 * FLOAT32 * self.shard * min(self.machine.ranks, self.machine.ranks_per_node)
+
+    @property
+    def offload_host_bytes(self) -> int:
+        """Memory of one node that the optimizer's state takes beside the GPUs."""
+        if self.machine.device_bytes is None:
+            return 0  # it is among the memory of the ranks
+        return state_bytes.offloaded(self) * min(self.machine.ranks, self.machine.ranks_per_node)
+
+    @property
+    def host_fits(self) -> bool | None:
+        """Whether a node has room for what is offloaded; None when its memory is not known."""
+        if self.machine.host_bytes is None:
+            return None
+        return self.offload_host_bytes <= self.machine.host_bytes * (1 - FREE_FRACTION)
+
+    @property
     def fits(self) -> bool | None:
-        """Whether every rank has room; None when the machine's memory is not known."""
-        return None if self.room_bytes is None else self.rank_bytes <= self.room_bytes
+        """Whether every rank has room, and every node for what is offloaded; None when the memory is not known."""
+        if self.room_bytes is None:
+            return None
+        return self.rank_bytes <= self.room_bytes and self.host_fits is not False
 
     @property
     def trained(self) -> int:
@@ -261,30 +292,13 @@ def _plan(config: ModelConfig, recipe: Recipe, machine: Machine) -> Plan:
         memory={},
         suggestion=None,
     )
-    return replace(made, memory=_state_bytes(made, dense, experts) | _working_bytes(made))
+    return replace(made, memory=state_bytes.on_rank(made, dense, experts) | _working_bytes(made))
 
 
 def weight_bytes(recipe: Recipe, machine: Machine) -> int:
     """Bytes of one weight: of the recipe's number format, or of what suits the machine."""
     auto = "float32" if machine.device_bytes is None else "bfloat16"
     return {"float32": 4, "bfloat16": 2}[auto if recipe.model.dtype == "auto" else recipe.model.dtype]
-
-
-def _state_bytes(made: Plan, dense: int, experts: int) -> dict[str, int]:
-    """Weights and what the optimizer holds, on one rank. Exact but for padding of the partitions."""
-    ranks, expert = made.machine.ranks, made.recipe.parallel.expert
-    local = made.trained_dense + made.trained_experts // expert
-    # ZeRO divides dense parameters over all ranks, experts over those that hold the same ones.
-    shard = -(-made.trained_dense // ranks) + -(-made.trained_experts // ranks)
-    gradients = FLOAT32 * (shard if made.recipe.parallel.zero_stage == 2 else local)
-    return {
-        "weights, all but experts": made.weight_bytes * dense,
-        "weights, experts": made.weight_bytes * experts // expert,
-        "adapters": made.weight_bytes * (made.dense_adapters + made.expert_adapters // expert),
-        "float32 copies of what trains": FLOAT32 * shard,
-        "AdamW moments": 2 * FLOAT32 * shard,
-        "gradients": gradients + made.weight_bytes * min(local, REDUCE_BUCKET),
-    }
 
 
 def _working_bytes(made: Plan) -> dict[str, int]:
@@ -346,10 +360,14 @@ def _largest_stored(config: ModelConfig) -> int:
 def _suggestion(made: Plan) -> str:
     """The least change that makes the run fit, or what it would fit on."""
     variants = _smaller(made)
-    for words, recipe in variants:
-        if _plan(made.config, recipe, made.machine).fits:
-            return f"set {words}"
     words, recipe = variants[-1] if variants else ("", made.recipe)
+    offloaded = []
+    if made.machine.device_bytes is not None and recipe.parallel.offload == "none":  # slower than all before
+        moved = words + (" and " if words else "") + "parallel.offload: cpu"
+        offloaded.append((moved, _changed(recipe, "parallel", offload="cpu")))
+    for change, smaller in variants + offloaded:
+        if _plan(made.config, smaller, made.machine).fits:
+            return f"set {change}"
     ranks, experts = 2 * made.machine.ranks, made.config.num_experts
     while made.machine.device_bytes is not None and ranks <= experts:
         spread = _changed(recipe, "parallel", expert=ranks)
@@ -373,7 +391,7 @@ def _smaller(made: Plan) -> list[tuple[str, Recipe]]:
         changed[f"{section}.{key}"] = value
         variants.append((" and ".join(f"{name}: {setting}" for name, setting in changed.items()), recipe))
 
-    if recipe.parallel.zero_stage == 1:
+    if recipe.parallel.zero_stage < 2:
         change("parallel", "zero_stage", 2)
     for expert in range(recipe.parallel.expert + 1, ranks + 1):
         if ranks % expert == 0 and made.config.num_experts % expert == 0:

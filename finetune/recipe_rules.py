@@ -29,6 +29,29 @@ def _expert_problem(recipe: "Recipe") -> str | None:
     return f"{expert} does not divide parallel.ranks, which is {ranks}" if ranks % expert else None
 
 
+def _stage_problem(recipe: "Recipe") -> str | None:
+    if recipe.parallel.zero_stage != 3:
+        return None
+    return (
+        "stage 3 divides the weights that every rank holds, which beside the experts are a thirtieth of the model, and"
+        " would gather them again in every pass; take 2, raise parallel.expert to divide the experts, and set"
+        " parallel.offload: cpu if the optimizer's state does not fit; `plan` counts all of it"
+    )
+
+
+def _offload_problem(recipe: "Recipe") -> str | None:
+    if recipe.parallel.offload == "none" or recipe.parallel.zero_stage != 0:
+        return None
+    return "needs the state divided over the ranks; set parallel.zero_stage to 1 or 2"
+
+
+def _offload_path_problem(recipe: "Recipe") -> str | None:
+    offload, path = recipe.parallel.offload, recipe.parallel.offload_path
+    if offload == "nvme" and path is None:
+        return "offload nvme needs a folder on a fast local disk"
+    return f"has no effect while parallel.offload is {offload}" if path is not None and offload != "nvme" else None
+
+
 def _warmup_problem(recipe: "Recipe") -> str | None:
     warmup, steps = recipe.optim.warmup_steps, recipe.train.steps
     return f"{warmup} is more than train.steps, which is {steps}" if warmup > steps else None
@@ -92,6 +115,9 @@ RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
         lambda r: batch_problem(r, r.parallel.ranks),
     ),
     (("parallel.expert", "parallel.ranks"), _expert_problem),
+    (("parallel.zero_stage",), _stage_problem),
+    (("parallel.offload", "parallel.zero_stage"), _offload_problem),
+    (("parallel.offload_path", "parallel.offload"), _offload_path_problem),
     (("optim.warmup_steps", "train.steps"), _warmup_problem),
     (
         ("optim.final_lr_fraction", "optim.schedule"),

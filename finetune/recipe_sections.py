@@ -148,8 +148,13 @@ class Parallel(Section):
     """Processes that are started where there is no GPU, and that `plan` assumes; with GPUs there is one for each."""
     expert: Count = 1
     """Ranks that share one copy of the experts; divides the ranks and the number of experts."""
-    zero_stage: Literal[1, 2] = 2
-    """What ZeRO divides over the ranks: 1 the optimizer's state, 2 the gradients too."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO divides over the ranks: 0 nothing, 1 the optimizer's state, 2 the gradients too; 3, the weights too, is
+    refused: parallel.expert divides nearly all of them."""
+    offload: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's state is kept and updated: on the rank's device, in host memory, or on a disk."""
+    offload_path: Text | None = None
+    """Folder on a fast local disk for offload nvme; nothing stays in it after the run."""
 
 
 class Kernels(Section):

@@ -20,7 +20,7 @@ RECIPE = (
     "finetune.yaml_tree",
 )
 PLAN = (
-    *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text"),
+    *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text", "finetune.state_bytes"),
     "finetune.exchange_plan",
     *("finetune.recipe", "finetune.recipe_sections", "finetune.model.config"),
 )
@@ -35,6 +35,7 @@ FORBIDDEN = {
     "finetune/wording.py": ("torch", "deepspeed", "transformers"),
     "finetune/yaml_tree.py": ("torch", "deepspeed", "transformers"),
     "finetune/planner.py": ("torch", "deepspeed"),
+    "finetune/state_bytes.py": ("torch", "deepspeed"),
     "finetune/checkpoint/": ("deepspeed",),
     "finetune/engine.py": ("data", "monitoring"),
 }
@@ -49,6 +50,7 @@ ALLOWED = {
     "finetune/arithmetic.py": PLAN,
     "finetune/plan_text.py": PLAN,
     "finetune/exchange_plan.py": (),
+    "finetune/state_bytes.py": PLAN,
     "finetune/model/": ("finetune.model",),
     "finetune/kernels/": ("finetune.model", "finetune.kernels"),
     "finetune/checkpoint/": ("finetune.model", "finetune.checkpoint", "monitoring.files"),

@@ -4,6 +4,8 @@ What must come out is told by plain PyTorch (one process, `torch.optim.AdamW`, `
 never interrupted. Every rank is started once and goes through all the cases; the tests then look at what it found.
 """
 
+import errno
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,28 +15,39 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 
+from data.packing import Batch
 from finetune import engine as engines
 from finetune.balance import count_rows, router_loss
 from finetune.engine import ExpertEngine, deepspeed_config
 from finetune.lora import inject
-from finetune.model.moe import Experts, MoE, experts_in_a_loop
+from finetune.model.moe import Experts, experts_in_a_loop
 from finetune.optim import parameter_groups
 from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach, is_expert_parameter
 from finetune.parallel.world import World
-from finetune.recipe import Recipe
-from finetune.recipe_sections import MIXER_TARGETS
+from finetune.recipe import Recipe, RecipeError
+from finetune.recipe_sections import MIXER_TARGETS, Router
 from finetune.step import optimize, seed_step, token_counts
 from finetune.window import Windows
+from finetune.zero import zeros_on_disk
 from tests.ranks import ranks
-from tests.test_layouts import CONFIG, Layout, batch_of_step, model_of, recipe_of
+from tests.test_rank_layouts import (
+    CONFIG,
+    TOKENS,
+    Layout,
+    batch_of_step,
+    model_of,
+    recipe_of,
+    route_to_the_first_half,
+)
 
+SUMMED = [(0, "none"), (1, "none"), (2, "none"), (1, "cpu"), (2, "nvme")]  # stage, offload
 BEFORE, AFTER = (1, 2), (3, 4)  # steps before the state is stored, and after
 EXPERTS = CONFIG.num_experts
 
 
-def recipe_with(stage: int = 2, **optim: float) -> Recipe:
-    recipe = recipe_of(Layout(stage=stage))
+def recipe_with(stage: int = 2, offload: str = "none", **optim: float) -> Recipe:
+    recipe = recipe_of(Layout(stage=stage, offload=offload))
     return recipe.model_copy(update={"optim": recipe.optim.model_copy(update=optim)})
 
 
@@ -54,7 +67,7 @@ def engine_of(
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.data.fill_(0.02)
-    model.to(dtype)
+    model.cast(dtype)
     for parameter in model.parameters():
         if parameter.requires_grad and other_weights:
             parameter.data.mul_(0.5).add_(0.1)
@@ -86,10 +99,17 @@ def undisturbed(world: World, recipe: Recipe, **how: Any) -> dict[str, Any]:
 
 
 def continued(world: World, recipe: Recipe, stored: dict[str, Tensor], **how: Any) -> dict[str, Any]:
-    engine = engine_of(world, recipe, other_weights=True, **how)
+    frozen: dict[str, Tensor] = {}
+
+    def note(model: torch.nn.Module) -> None:
+        frozen.update({name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad})
+
+    engine = engine_of(world, recipe, other_weights=True, before_start=note, **how)
     engines.restore(engine, stored.__getitem__, step=BEFORE[-1])
     after = train(engine, recipe, world, AFTER)
-    return {**after, "end": engines.training_state(engine, world), "steps": engine.global_steps}
+    kept = {name: torch.equal(engine.module.get_parameter(name), value) for name, value in frozen.items()}
+    end = engines.training_state(engine, world)
+    return {**after, "end": end, "steps": engine.global_steps, "kept": kept}
 
 
 def shared(world: World, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,14 +132,6 @@ def own_experts(world: World, *, marked: bool, frozen: bool) -> bool:
             patch.setattr(engines, "mark_experts", lambda model, world: None)
         engine = engine_of(world, recipe_with(), before_start=note)
     return all(torch.equal(engine.module.get_parameter(name).detach(), value) for name, value in held.items())
-
-
-def route_to_the_first_half(model: torch.nn.Module) -> None:
-    """Of x @ v and -x @ v one is above zero, which is what the others score: the best two are among experts 0 to 3."""
-    for block in model.modules():
-        if isinstance(block, MoE):
-            weight = block.gate.weight.data
-            weight[1], weight[3], weight[4:] = -weight[0], -weight[2], 0
 
 
 def in_a_loop(model: torch.nn.Module) -> None:
@@ -167,18 +179,70 @@ def on_two_ranks(rank: int, stored_by_plain_torch: Path) -> dict[str, Any]:
         "adapters": {"adapters": True},
         "bfloat16": {"dtype": torch.bfloat16},
         "bfloat16 stage 1": {"stage": 1, "dtype": torch.bfloat16},
+        "stage 0": {"stage": 0},
+        "bfloat16 stage 0": {"stage": 0, "dtype": torch.bfloat16},
+        "bfloat16 on the host": {"stage": 1, "offload": "cpu", "dtype": torch.bfloat16},
+        "bfloat16 on a disk": {"offload": "nvme", "dtype": torch.bfloat16},
     }.items():
-        recipe = recipe_with(how.pop("stage", 2))
+        recipe = recipe_with(how.pop("stage", 2), how.pop("offload", "none"))
         found[name] = undisturbed(world, recipe, **how)
         found[f"{name} continued"] = continued(world, recipe, shared(world, found[name]["state"]), **how)
+    found["to stage 0"] = continued(world, recipe_with(0), shared(world, found["all"]["state"]))
     found["to stage 1"] = continued(world, recipe_with(1), shared(world, found["all"]["state"]))
-    for stage in (1, 2):
+    found["to a disk"] = continued(world, recipe_with(2, "nvme"), shared(world, found["stage 0"]["state"]))
+    for stage in (0, 1, 2):
         found[f"from plain torch, stage {stage}"] = continued(
             world, recipe_with(stage), torch.load(stored_by_plain_torch)
         )
     for name, compute in {"loop": in_a_loop, "grouped": lambda model: None}.items():
         found[f"idle {name}"] = step_with_idle_rank(world, compute)
+    every_expert = worlds.start(expert_size=1)
+    for stage, offload in SUMMED:
+        found[f"sums {stage} {offload}"] = summed_gradients(every_expert, stage, offload)
     return found
+
+
+def bfloat16_recipe(stage: int, offload: str) -> Recipe:
+    recipe = recipe_of(Layout(ranks=2, accumulation=3, stage=stage, offload=offload))
+    return recipe.model_copy(update={"router": Router(train=True)})
+
+
+def summed_gradients(world: World, stage: int, offload: str) -> dict[str, Any]:
+    """State and weights after one step over three micro-batches a rank with bfloat16 weights."""
+    recipe = bfloat16_recipe(stage, offload)
+    model = model_of(world.experts(EXPERTS), Layout())
+    model.cast(torch.bfloat16)
+    engine = engines.start(model, recipe, world, accumulation=3)
+    parts = [t.view(3, 2, -1, TOKENS)[:, world.rank] for t in batch_of_step(1)]
+    optimize(engine, [Batch(*(part[m] for part in parts)) for m in range(3)], recipe.router, world)
+    return {
+        "state": engines.training_state(engine, world),
+        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "adamw": type(engine.optimizer.optimizer).__name__,
+    }
+
+
+def summed_in_plain_torch() -> tuple[dict[str, Tensor], float]:
+    """The clipped gradient of the same step, its six parts summed in float32; and how far a bfloat16 sum is off."""
+    model = model_of(range(EXPERTS), Layout())
+    model.cast(torch.bfloat16)
+    batch = batch_of_step(1)
+    supervised, _ = token_counts([batch]).unbind()
+    parameters = dict(model.named_parameters())
+    exact = {name: torch.zeros(p.shape) for name, p in parameters.items()}
+    rounded = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for part in range(6):
+        ids, labels, segments = (t.view(6, -1, TOKENS)[part] for t in batch)
+        loss = model(ids, segments, labels=labels).loss_sum / supervised
+        for (name, _), gradient in zip(
+            parameters.items(), torch.autograd.grad(loss.float(), list(parameters.values())), strict=True
+        ):
+            exact[name] += gradient.float()
+            rounded[name] += gradient
+    off = max(float((rounded[name] - value).norm() / value.norm()) for name, value in exact.items())
+    norm = torch.stack([value.norm() for value in exact.values()]).norm()
+    clip = min(1.0, bfloat16_recipe(2, "none").optim.clip_norm / float(norm))
+    return {name: clip * value for name, value in exact.items()}, off
 
 
 def moments_after_clipping(world: World, clip: float) -> tuple[float, float]:
@@ -196,12 +260,12 @@ def spoiled_step(world: World, recipe: Recipe, **how: Any) -> dict[str, Any]:
     engine = engine_of(world, recipe, **how)
     train(engine, recipe, world, [1])
     before = engines.training_state(engine, world)
-    engine.module.lm_head.weight.data[0, 0] = torch.nan
-    return {
-        "norm": train(engine, recipe, world, [2])["norm"][0],
-        "before": before,
-        "after": engines.training_state(engine, world),
-    }
+    weight = engine.module.lm_head.weight.data
+    kept = weight[0, 0].clone()
+    weight[0, 0] = torch.nan
+    norm = train(engine, recipe, world, [2])["norm"][0]
+    weight[0, 0] = kept  # at stage 0 a float32 weight is its own master
+    return {"norm": norm, "before": before, "after": engines.training_state(engine, world)}
 
 
 def on_one_rank(rank: int, stored_by_two: Path) -> dict[str, Any]:
@@ -213,6 +277,7 @@ def on_one_rank(rank: int, stored_by_two: Path) -> dict[str, Any]:
     found["to stage 2"] = continued(world, recipe_with(2), stored)
     found["from two ranks"] = continued(world, recipe_with(2), torch.load(stored_by_two))
     found["spoiled"] = spoiled_step(world, recipe_with())
+    found["spoiled stage 0"] = spoiled_step(world, recipe_with(0))
     found["spoiled bfloat16 stage 1"] = spoiled_step(world, recipe_with(1), dtype=torch.bfloat16)
     engine = engine_of(world, recipe_with())
     train(engine, recipe_with(), world, [1])
@@ -265,10 +330,15 @@ def plain() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def plain_sums() -> tuple[dict[str, Tensor], float]:
+    return summed_in_plain_torch()
+
+
+@pytest.fixture(scope="module")
 def two_ranks(plain: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("state") / "plain.pt"
     torch.save(plain["state"][1], path)
-    return ranks(2, on_two_ranks, path, deadline_seconds=240)
+    return ranks(2, on_two_ranks, path, deadline_seconds=480)
 
 
 @pytest.fixture(scope="module")
@@ -280,10 +350,14 @@ def one_rank(two_ranks: list[dict[str, Any]], tmp_path_factory: pytest.TempPathF
 
 def joined(parts: list[dict[str, Any]], case: str, what: str) -> dict[str, Tensor]:
     """The training state that all ranks stored together."""
+    return joined_states(part[case][what] for part in parts)
+
+
+def joined_states(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for part in parts:
-        assert not found.keys() & part[case][what].keys(), "two ranks stored the same tensor"
-        found |= part[case][what]
+    for state in states:
+        assert not found.keys() & state.keys(), "two ranks stored the same tensor"
+        found |= state
     return found
 
 
@@ -324,7 +398,10 @@ def test_the_stored_state_is_that_of_plain_torch(
         assert {key for key in state if f"::{kind}" in key} == moved
 
 
-@pytest.mark.parametrize("case", ["all", "adapters", "bfloat16", "bfloat16 stage 1"])
+RESUMED = ["all", "adapters", "bfloat16", "bfloat16 stage 1", "stage 0", "bfloat16 stage 0"]
+
+
+@pytest.mark.parametrize("case", [*RESUMED, "bfloat16 on the host", "bfloat16 on a disk"])
 def test_a_restored_run_is_the_undisturbed_one_bit_for_bit(case: str, two_ranks: list[dict[str, Any]]) -> None:
     for part in two_ranks:
         assert part[f"{case} continued"]["loss"] == part[case]["loss"]
@@ -337,7 +414,56 @@ def test_a_restored_run_is_the_undisturbed_one_bit_for_bit(case: str, two_ranks:
         assert all(".lora_" in key for key in end)
 
 
-@pytest.mark.parametrize("case", ["to stage 1", "from plain torch, stage 1", "from plain torch, stage 2"])
+def test_frozen_experts_are_each_ranks_own_after_a_restore(two_ranks: list[dict[str, Any]]) -> None:
+    """DeepSpeed's own checkpoint puts rank 0's into every rank, without an error."""
+    for part in two_ranks:
+        kept = part["adapters continued"]["kept"]
+        assert len([name for name in kept if is_expert_parameter(name)]) == 2 * len(CONFIG.moe_layers)
+        assert all(kept.values())
+
+
+@pytest.mark.parametrize(("stage", "offload"), SUMMED)
+def test_bfloat16_gradients_are_summed_in_float32(
+    stage: int, offload: str, two_ranks: list[dict[str, Any]], plain_sums: tuple[dict[str, Tensor], float]
+) -> None:
+    """Over micro-batches and over ranks. AdamW's first moment after one step is a tenth of the clipped gradient."""
+    expected, off = plain_sums
+    assert off > 1e-3  # what a sum in bfloat16 would lose
+    case = f"sums {stage} {offload}"
+    moment = 1 - bfloat16_recipe(stage, offload).optim.beta1
+    state = joined_states(part[case]["state"] for part in two_ranks)
+    for key, value in as_stored(expected, "exp_avg").items():
+        assert (state[key] / moment - value).norm() <= 1e-5 * value.norm(), key
+    assert {part[case]["adamw"] for part in two_ranks} == {"AdamW"}  # torch's: DeepSpeed's would be compiled here
+
+
+@pytest.mark.parametrize(("stage", "offload"), SUMMED)
+def test_decay_rates_are_float32_and_other_weights_rounded_masters(
+    stage: int, offload: str, two_ranks: list[dict[str, Any]]
+) -> None:
+    case = f"sums {stage} {offload}"
+    state = joined_states(part[case]["state"] for part in two_ranks)
+    for part in two_ranks:
+        for name, weight in part[case]["weights"].items():
+            kept = name.endswith((".A_log", ".dt_bias"))
+            assert weight.dtype == (torch.float32 if kept else torch.bfloat16), name
+            for key, value in as_stored({name: weight}, "fp32").items():
+                assert torch.equal(value, state[key] if kept else state[key].bfloat16()), key
+            if kept:
+                assert not torch.equal(weight, weight.bfloat16().float()), f"{name} is rounded"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "to stage 0",
+        "to stage 1",
+        "to a disk",
+        "from plain torch, stage 0",
+        "from plain torch, stage 1",
+        "from plain torch, stage 2",
+    ],
+)
 def test_two_ranks_go_on_from_another_layout(case: str, plain: dict[str, Any], two_ranks: list[dict[str, Any]]) -> None:
     for part in two_ranks:
         assert_goes_on(part[case], plain)
@@ -369,7 +495,7 @@ def test_the_gradient_is_clipped_as_the_recipe_says(plain: dict[str, Any], one_r
         assert used == pytest.approx(min(norm, clip) if clip else norm, rel=1e-4), f"clip_norm {clip}"
 
 
-@pytest.mark.parametrize("case", ["spoiled", "spoiled bfloat16 stage 1"])
+@pytest.mark.parametrize("case", ["spoiled", "spoiled stage 0", "spoiled bfloat16 stage 1"])
 def test_a_gradient_that_is_not_a_number_is_reported_and_changes_nothing(case: str, one_rank: dict[str, Any]) -> None:
     found = one_rank[case]
     assert found["norm"] == float("inf")
@@ -403,9 +529,10 @@ class Noting(dict[str, Any]):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offload", ["none", "cpu", "nvme"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_deepspeed_reads_every_key_of_its_configuration(stage: int, dtype: torch.dtype) -> None:
-    config = Noting(deepspeed_config(recipe_with(stage, clip_norm=0.25), accumulation=3, dtype=dtype))
+def test_deepspeed_reads_every_key_of_its_configuration(stage: int, offload: str, dtype: torch.dtype) -> None:
+    config = Noting(deepspeed_config(recipe_with(stage, offload, clip_norm=0.25), accumulation=3, dtype=dtype))
     config["gradient_clippingg"] = 1.0
     read = DeepSpeedConfig(config)
     assert set(config) - config.asked == {"gradient_clippingg"}  # it says nothing about a key that it does not know
@@ -413,10 +540,32 @@ def test_deepspeed_reads_every_key_of_its_configuration(stage: int, dtype: torch
     assert read.gradient_accumulation_steps == 3
     assert read.zero_optimization_stage == stage
     assert read.grad_accum_dtype == "fp32"
+    assert read.communication_data_type == torch.float32
+    offloaded = read.zero_config.offload_optimizer
+    assert (offloaded.device if offloaded else "none") == offload
     assert read.bfloat16_config.enabled is (dtype == torch.bfloat16)
     assert read.zero_config.contiguous_gradients
     assert read.zero_config.reduce_scatter
     assert read.zero_config.overlap_comm is False
+
+
+def test_a_state_on_disk_leaves_no_file_and_names_a_disk_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = zeros_on_disk(tmp_path, torch.empty(3, 5))
+    assert (zeros.shape, zeros.dtype, zeros.any()) == ((3, 5), torch.float32, False)
+    zeros.add_(1)
+    assert zeros.sum() == 15
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RecipeError, match=r"^parallel\.offload_path: .*absent: cannot hold 0\.00 GB more"):
+        zeros_on_disk(tmp_path / "absent", torch.empty(2))
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RecipeError, match=r"cannot hold 4\.00 GB more .*\(No space left on device\); free space"):
+        zeros_on_disk(tmp_path, torch.empty(10**9, device="meta"))
 
 
 def test_no_clipping_is_written_out() -> None:

@@ -33,8 +33,8 @@ from finetune.step import optimize, token_counts
 from tests.checkpoints import write_checkpoint
 from tests.configs import tiny_config
 from tests.ranks import ranks
-from tests.test_layouts import CONFIG, PACKS, STEPS, TOKENS, Layout, assembled, batch_of_step, model_of, recipe_of
 from tests.test_model import GRADIENT_TOLERANCE, LOGITS_TOLERANCE, pair, random_model
+from tests.test_rank_layouts import CONFIG, PACKS, STEPS, TOKENS, Layout, assembled, batch_of_step, model_of, recipe_of
 from tests.tiny_checkpoints import all_tensors, assert_same_tensors, save_released, transformers_model
 
 RANK, ALPHA = 3, 5.0

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
 from data.packing import Batch
 from finetune import engine as engines
-from finetune import planner
+from finetune import planner, state_bytes
 from finetune.activations import DELTA_CHUNK_TOKENS, LOSS_CHUNK_TOKENS, Setting, kept_between_layers, layer_tensors
 from finetune.arithmetic import recompute_operations, step_operations
 from finetune.kernels.experts import experts_grouped
@@ -132,6 +132,16 @@ STATES = {
     ),
     "everything-expert-2": recipe_of(lora=None, router={"train": True}, parallel={"ranks": 2, "expert": 2}),
     "all-but-routers": recipe_of(lora=None, parallel={"ranks": 2}),
+    "adapters-zero-0": recipe_of(lora={"rank": 4}, parallel={"ranks": 2, "zero_stage": 0}),
+    "everything-zero-0-bfloat16": recipe_of(
+        model={"path": "m", "dtype": "bfloat16"},
+        lora=None,
+        router={"train": True},
+        parallel={"ranks": 2, "expert": 2, "zero_stage": 0},
+    ),
+    "everything-bfloat16": recipe_of(
+        model={"path": "m", "dtype": "bfloat16"}, lora=None, router={"train": True}, parallel={"ranks": 2, "expert": 2}
+    ),
 }
 
 
@@ -151,20 +161,21 @@ def measure_state(recipe: Recipe) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
             parameter.requires_grad_(recipe.router.train)
+    model.cast(torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32)
     if world.expert_group is not None:
         attach(model, world.expert_group)
     engine = engines.start(model, recipe, world, accumulation=1)
     ids = torch.randint(0, config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(world.rank))
     optimize(engine, [Batch(ids, ids, torch.zeros_like(ids))], recipe.router, world)
-    flat = engine.optimizer.single_partition_of_fp32_groups
-    moments = [engine.optimizer.optimizer.state[partition] for partition in flat]
+    states = engine.optimizer.optimizer.state
+    own = {id(parameter) for parameter in model.parameters()}  # a master that is the parameter itself is no copy
     stored = engines.training_state(engine, world)
     return {
-        "weights": sum(p.numel() for p in model.parameters()) * 4,
-        "float32 copies": sum(partition.numel() for partition in flat) * 4,
-        "moments": sum(state[kind].numel() for state in moments for kind in engines.MOMENTS) * 4,
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "float32 copies": sum(master.numel() for master in states if id(master) not in own) * 4,
+        "moments": sum(state[kind].numel() for state in states.values() for kind in engines.MOMENTS) * 4,
         "stored": sum(tensor.numel() for tensor in stored.values()) * 4,
-        "groups": len(flat),
+        "groups": len(engine.optimizer.param_groups),
     }
 
 
@@ -283,7 +294,7 @@ def test_chunks_are_those_of_the_model() -> None:
     assert inspect.signature(chunked_gated_delta_rule).parameters["chunk_tokens"].default == DELTA_CHUNK_TOKENS
     assert inspect.signature(token_loss_sum).parameters["chunk_tokens"].default == LOSS_CHUNK_TOKENS
     config = engines.deepspeed_config(recipe_of(), accumulation=1, dtype=torch.float32)
-    assert config["zero_optimization"]["reduce_bucket_size"] == planner.REDUCE_BUCKET
+    assert config["zero_optimization"]["reduce_bucket_size"] == state_bytes.REDUCE_BUCKET
 
 
 # Operations, against torch's counter
@@ -419,6 +430,44 @@ def test_what_costs_memory_costs_memory() -> None:
     full = "lora=null", "monitor.drift_every_steps=0", "monitor.probe_tokens=4096"
     assert rank_bytes(*full) > rank_bytes() + 100 * GIB
     assert rank_bytes(*full, "parallel.zero_stage=1") > rank_bytes(*full)
+
+
+FULL = "lora=null", "monitor.drift_every_steps=0", "monitor.probe_tokens=4096"
+
+
+def test_an_offloaded_state_is_counted_where_it_is() -> None:
+    """Full-parameter training on 8 GPUs: by hand, 16 bytes a parameter of a rank's share on the host with rounding."""
+    config, node = ModelConfig.from_dict(REFERENCE), replace(H100, host_bytes=2048 * GIB)
+    here, host = plan(config, code(*FULL), node), plan(config, code(*FULL, "parallel.offload=cpu"), node)
+    nvme = plan(config, code(*FULL, "parallel.offload=nvme", "parallel.offload_path=/nvme"), node)
+    share = host.trained / 8
+    assert here.offload_host_bytes == here.offload_disk_bytes == host.offload_disk_bytes == 0
+    assert host.offload_host_bytes == pytest.approx(8 * share * (12 + 4 + 2), rel=1e-6)
+    assert nvme.offload_host_bytes == pytest.approx(8 * share * (4 + 2), rel=1e-6)
+    assert nvme.offload_disk_bytes == pytest.approx(8 * share * 12, rel=1e-6)
+    assert here.rank_bytes - host.rank_bytes == pytest.approx(share * 12, rel=0.01)
+    assert host.rank_bytes == nvme.rank_bytes
+    assert "memory of each node for what is offloaded" in render(host)
+    assert "GiB in /nvme" in render(nvme)
+
+
+def test_a_node_without_room_for_what_is_offloaded_is_told_so() -> None:
+    config = ModelConfig.from_dict(REFERENCE)
+    wide = replace(H100, device_bytes=192 * GIB, host_bytes=512 * GIB)
+    made = plan(config, code(*FULL, "parallel.offload=cpu"), wide)
+    assert made.room_bytes is not None
+    assert made.rank_bytes < made.room_bytes
+    assert made.fits is False
+    assert "but what is offloaded takes 1,3" in render(made)
+    assert plan(config, code(*FULL, "parallel.offload=cpu"), replace(wide, host_bytes=2048 * GIB)).fits
+
+
+def test_offload_is_advised_when_nothing_else_fits() -> None:
+    config, wide = ModelConfig.from_dict(REFERENCE), replace(H100, device_bytes=141 * GIB, host_bytes=2048 * GIB)
+    made = plan(config, code(*FULL), wide)
+    assert made.fits is False
+    assert made.suggestion is not None
+    assert made.suggestion.endswith("parallel.offload: cpu")
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-base", "code"])

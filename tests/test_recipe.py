@@ -197,7 +197,21 @@ def test_unreadable_yaml_names_its_line() -> None:
             "x.yaml:4: lora.targets.0: 'q_porj' is not one of q_proj, k_proj, v_proj, o_proj, in_proj_qkvz, in_proj_ba,"
             " out_proj, shared_expert, experts (did you mean 'q_proj'?)",
         ),
-        ("parallel: {zero_stage: 3}\n", "x.yaml:4: parallel.zero_stage: 3 is not one of 1, 2"),
+        ("parallel: {zero_stage: 4}\n", "x.yaml:4: parallel.zero_stage: 4 is not one of 0, 1, 2, 3"),
+        (
+            "parallel: {zero_stage: 3}\n",
+            "x.yaml:4: parallel.zero_stage: stage 3 divides the weights that every rank holds, which beside the experts"
+            " are a thirtieth of the model",
+        ),
+        (
+            "parallel: {zero_stage: 0, offload: cpu}\n",
+            "x.yaml:4: parallel.offload: needs the state divided over the ranks; set parallel.zero_stage to 1 or 2",
+        ),
+        ("parallel: {offload: nvme}\n", "x.yaml:4: parallel.offload_path: offload nvme needs a folder on a fast"),
+        (
+            "parallel: {offload_path: /x}\n",
+            "x.yaml:4: parallel.offload_path: has no effect while parallel.offload is none",
+        ),
         ("optim: {xyzzy: 1}\n", "x.yaml:4: optim.xyzzy: unknown key; known here: "),
     ],
 )
@@ -363,6 +377,8 @@ def test_every_key_changes_the_recipe_alike_by_file_and_by_set(key: str) -> None
     )
     if key == "model.init":  # random weights go with training all of them
         text = EVAL + "lora: null\nrouter: {train: true}\n"
+    if key == "parallel.offload_path":  # only for a disk
+        text = text.replace("{ranks: 2}", "{ranks: 2, offload: nvme, offload_path: disk}")
     dotted = key.replace(".N", ".0")
     before = read(text, check_paths=False)
     by_set = read(text, f"{dotted}={other_value(key)}", check_paths=False)

@@ -85,8 +85,12 @@ def trained(here: Place) -> Trained:
 
 @pytest.fixture(scope="module")
 def full(here: Place) -> Trained:
-    """A full-parameter run with every router loss, on two expert-parallel ranks, the slow definitions throughout."""
+    """A full-parameter run with every router loss, on two expert-parallel ranks, the slow definitions throughout.
+
+    The optimizer's state is on the disk.
+    """
     slow = {"kernels__experts": "loop", "train__recompute": "full", "parallel__zero_stage": 1}
+    slow |= {"parallel__offload": "nvme", "parallel__offload_path": str(here.folder)}
     return finished(here.launch(name="full", **slow, **FULL), here.run_folder("full"))
 
 

@@ -38,7 +38,7 @@ from finetune.checkpoint.shards import (
     write_shards,
 )
 from finetune.model.config import ModelConfig
-from finetune.model.model import HybridMoEForCausalLM
+from finetune.model.model import HybridMoEForCausalLM, parameter_dtype
 
 MAX_SHARD_BYTES = 5e9  # what the hub's own tools write
 PROGRESS_SECONDS = 10.0  # between two lines about a long load
@@ -213,7 +213,9 @@ class _Places:
     def value(self, name: str) -> Tensor:
         """The tensor that a parameter's values are read into."""
         if name not in self._filling:
-            self._filling[name] = torch.empty(self._old[name].shape, dtype=self._dtype, device=self._device)
+            self._filling[name] = torch.empty(
+                self._old[name].shape, dtype=parameter_dtype(name, self._dtype), device=self._device
+            )
         return self._filling[name]
 
     def portions(self, names: list[str], held: Mapping[str, Slot]) -> list[list[str]]:
@@ -294,7 +296,7 @@ def save_pretrained(
     Args:
         base: checkpoint folder that the model comes from. Its configuration, tokenizer, templates and other files go
             into the new folder byte for byte, and so do its `mtp.*` tensors. Without it a configuration is written.
-        dtype: of every tensor of the model; by default what `base` stores it in, else that of the parameter.
+        dtype: of every tensor of the model; by default what `base` stores it in, else that of the model's weights.
 
     Raises:
         CheckpointError: `folder` is not free, `base` is not a checkpoint of this model, or the disk refused.
@@ -311,7 +313,7 @@ def save_pretrained(
     slots = stored_tensors(config)
     entries = {}
     for name, slot in slots.items():
-        stored = kept[slot.parameter] if kept else parameters[slot.parameter].dtype
+        stored = kept[slot.parameter] if kept else model.lm_head.weight.dtype
         entries[name] = Entry(dtype or stored, slot.shape)
     for name, carried in origin.tensors.items() if origin else ():
         if is_carried(name):

@@ -15,6 +15,9 @@ from finetune.model.config import ModelConfig
 from finetune.model.delta_rule import chunked_gated_delta_rule
 from finetune.model.layers import GatedRMSNorm
 
+# Always float32: at bfloat16 a decay rate has 8 bits, and an update of a thousandth of it is lost.
+DECAY_RATES = (".A_log", ".dt_bias")
+
 
 class Heads(NamedTuple):
     """How the projections of a layer are cut into heads; value heads h, h + 1, ... of a group share a key head."""

@@ -25,7 +25,7 @@ from finetune.model.attention import (
     has_several_documents,
 )
 from finetune.model.config import ModelConfig
-from finetune.model.deltanet import GatedDeltaNet
+from finetune.model.deltanet import DECAY_RATES, GatedDeltaNet
 from finetune.model.head import token_loss_sum
 from finetune.model.layers import MLP, RMSNorm, positions_in_segments, residual_norm, rotary_table
 from finetune.model.moe import MoE, Routing
@@ -138,6 +138,11 @@ class HybridMoEForCausalLM(nn.Module):
         loss_sum, token_count = self.loss(x, self.lm_head.weight, labels)
         return Output(None, loss_sum, token_count, routings)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Give the weights this number format, in place; see `parameter_dtype`."""
+        for name, parameter in self.named_parameters():
+            parameter.data = parameter.data.to(parameter_dtype(name, dtype))
+
     def route(self, input_ids: Int[Tensor, "batch time"], segment_ids: Int[Tensor, "batch time"]) -> dict[int, Routing]:
         """The routing of every layer, as `forward` gives it, without the cost and the memory of logits."""
         return self._decode(input_ids, segment_ids, None)[1]
@@ -182,6 +187,11 @@ class HybridMoEForCausalLM(nn.Module):
             position_ids = positions
         cos, sin = rotary_table(position_ids, self.settings.rotary_dim, self.settings.rope_theta, x.dtype)
         return Layout(segment_ids, cos, sin, isolation, tokens)
+
+
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Number format of a parameter when the weights have `dtype`: the decay rates of DeltaNet stay float32."""
+    return torch.float32 if name.endswith(DECAY_RATES) else dtype
 
 
 def initialise(model: HybridMoEForCausalLM, seed: int) -> None:

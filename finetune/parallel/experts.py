@@ -30,6 +30,11 @@ def is_expert_parameter(name: str) -> bool:
     return ".mlp.experts." in name
 
 
+def is_marked(parameter: Tensor) -> bool:
+    """Whether `engine.mark_experts` has told DeepSpeed that this parameter is an expert rank's own."""
+    return not getattr(parameter, "allreduce", True)
+
+
 def exchange_over(
     group: dist.ProcessGroup, x: Float[Tensor, "tokens hidden"], routing: Routing
 ) -> Callable[[], Dispatched]:
