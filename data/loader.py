@@ -43,11 +43,13 @@ class Loader:
         self._epoch = 0
         self._cursor = 0
         self._order = epoch_order(len(dataset), seed=seed, epoch=0)
+        # Which packs the step given last holds: (micro-batches, ranks, packs of a micro-batch).
+        self.packs: NDArray[np.int64] = np.empty((0, ranks, packs_per_micro_batch), np.int64)
 
     def next_step(self) -> list[Batch]:
         """The rank's micro-batches of the next optimizer step."""
-        mine = self._take(int(np.prod(self._shape))).reshape(self._shape)[:, self._rank]
-        return [self._dataset.batch(packs) for packs in mine]
+        self.packs = self._take(int(np.prod(self._shape))).reshape(self._shape)
+        return [self._dataset.batch(packs) for packs in self.packs[:, self._rank]]
 
     def state(self) -> dict[str, int | str]:
         """Where the data stands: the same on every rank, and valid at any other number of ranks."""

@@ -82,6 +82,9 @@ class Train(Section):
     """How often the held-out loss is measured; always before the first step and after the last, 0 is only then."""
     log_every_steps: Steps = 10
     """How often a line of progress is written; the first and the last step always write one."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do about a step whose loss or gradient is not finite: stop, and keep its batch in the run folder; or skip
+    it, which changes nothing that trains, and stop when five come in a row."""
 
 
 class Optim(Section):

@@ -15,7 +15,7 @@ from monitoring.files import replace_file
 # step sizes and router losses that a finding may advise to change. The rest would make it another run.
 FREE = (
     *("train.steps", "train.log_every_steps", "train.eval_every_steps", "train.recompute", "train.micro_batch_tokens"),
-    *("checkpoint.", "monitor.", "parallel.", "kernels.", "data.cache", "output."),
+    *("train.on_nan", "checkpoint.", "monitor.", "parallel.", "kernels.", "data.cache", "output."),
     *("optim.lr", "optim.clip_norm", "router.balance.", "router.z_coefficient"),
 )
 

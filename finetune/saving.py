@@ -15,10 +15,11 @@ from data.sources import DataError
 from finetune import engine as engines
 from finetune.assembly import Say
 from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.resume import TensorStore, newest_checkpoint, open_state
+from finetune.checkpoint.resume import TensorStore, check_nothing_lost, newest_checkpoint, open_state
 from finetune.checkpoint.writer import Writer, Written
 from finetune.engine import ExpertEngine
 from finetune.parallel.world import World
+from monitoring.files import MonitoringError
 
 SECONDS_BETWEEN_LOOKS = 0.1  # at whether all ranks have written
 
@@ -111,13 +112,16 @@ def resume(
         base_name: the same for people.
 
     Raises:
-        RankError: the checkpoint is of other base weights or other data.
+        RankError: the checkpoint is of other base weights or other data, or there were some and none is whole.
     """
     found = newest_checkpoint(root) if world.is_main else None
     folder, skipped = cast(tuple[Path | None, list[str]], world.gather(found)[0])
     for sentence in skipped:
         say(sentence)
     if folder is None:
+        with world.together(CheckpointError, MonitoringError):
+            if world.is_main:
+                check_nothing_lost(root)
         return None
     with world.together(CheckpointError, DataError):
         state, tensors = open_state(folder)
@@ -127,6 +131,6 @@ def resume(
                 " under another name"
             )
         loader.restore(state["loader"])
-    engines.restore(engine, tensors.read, step=state["step"])
+    engines.restore(engine, tensors.read, step=state["step"] - state["left_out"]["total"])
     say(f"continuing after step {state['step']} from {folder}")
     return state, tensors

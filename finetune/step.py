@@ -23,12 +23,16 @@ def optimize(
     The loss is the sum over supervised tokens divided by their number in the whole step, all ranks and micro-batches,
     plus the router losses of the step. The norm is over all ranks, before clipping. Collective: every rank calls it
     with as many micro-batches, which may hold nothing but padding.
+
+    A loss or gradient that is not finite, of any micro-batch on any rank, changes no parameter and no moment on any
+    rank; the norm is then infinite.
     """
     model: HybridMoEForCausalLM = engine.module
     supervised, tokens = world.sum(token_counts(batches)).unbind()
     over_step = router.balance.coefficient > 0 and router.balance.kind == "global"
     shares = shares_of_step(count_ahead(model, batches), world) if over_step and len(batches) > 1 else None
-    for batch in batches:
+    broken = torch.zeros((), device=supervised.device)  # losses that are not finite
+    for place, batch in enumerate(batches):
         output: Output = engine(batch.input_ids, batch.segment_ids, labels=batch.labels)
         rows = count_rows(output.routings)
         if over_step and len(batches) == 1:
@@ -37,6 +41,10 @@ def optimize(
         loss = output.loss_sum / supervised.clamp_min(1) + router_loss(
             output.routings, batch.segment_ids, router, step_shares=shares, step_tokens=tokens
         )
+        broken += (~loss.detach().isfinite()).sum()
+        if place == len(batches) - 1:
+            # DeepSpeed leaves a step out, on all ranks, for its gradient alone; a loss may be infinite without it.
+            loss = loss * torch.where(world.sum(broken) > 0, torch.nan, 1.0)
         # DeepSpeed averages gradients over the ranks; times their number it is the sum that was divided above.
         engine.backward((loss * world.size).float(), scale_wrt_gas=False)
         engine.step()
@@ -54,4 +62,9 @@ def token_counts(batches: Sequence[Batch]) -> Tensor:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed every generator for this step on this rank, so that a resumed run draws what an undisturbed one would."""
-    torch.manual_seed(zlib.crc32(f"{seed}/{step}/{rank}".encode()))
+    torch.manual_seed(step_seed(seed, step, rank))
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What the generators of this rank start from in this step."""
+    return zlib.crc32(f"{seed}/{step}/{rank}".encode())

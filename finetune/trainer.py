@@ -3,15 +3,19 @@
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from data.packing import Batch
 from finetune import engine as engines
 from finetune.assembly import Say, assemble
+from finetune.broken_step import MOST_IN_A_ROW, LeftOut, keep_batch, losses_of_packs, origin
 from finetune.checkpoint.folder import fingerprint
+from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_checkpoint
 from finetune.evaluation import ProbedRouting, compare_routing, held_out, probe_routing, to_device
 from finetune.optim import learning_rate
@@ -19,10 +23,10 @@ from finetune.parallel.world import World, was_launched
 from finetune.recipe import Recipe, RecipeError
 from finetune.run_folder import claim, mark_finished
 from finetune.saving import Saved, Saving, resume
-from finetune.step import optimize, seed_step
+from finetune.step import optimize, seed_step, step_seed
 from finetune.watch import STALL_SECONDS, Watch
 from finetune.window import Totals, Windows
-from monitoring.health import Health
+from monitoring.health import Finding, Health
 from monitoring.routing import LayerDrift, RoutingSnapshot, routing_drift, routing_measures
 from monitoring.run_id import keep_run_id, run_id
 from monitoring.sinks import Sinks, open_sinks
@@ -51,6 +55,7 @@ class Run:
         self.base_routing = self._probe_routing() if recipe.monitor.drift_every_steps else None
         self.health = Health()
         self.best: dict[str, float] | None = None  # step and loss of the lowest held-out loss so far
+        self.left_out = LeftOut()
         self.step = self._resume(say)
         self.saving = Saving(folder / "checkpoints", world, keep=recipe.checkpoint.keep)
         self.sinks = self._open_sinks()
@@ -79,7 +84,13 @@ class Run:
             seed_step(recipe.train.seed, self.step, self.world.rank)
             batches = [to_device(batch, self.world.device) for batch in self.loader.next_step()]
             engines.set_learning_rate(self.engine, lr)
-            self.grad_norm = optimize(self.engine, batches, recipe.router, self.world, self.windows)
+            sums = self.windows.sums.clone()
+            norm = optimize(self.engine, batches, recipe.router, self.world, self.windows)
+            if math.isfinite(norm):
+                self.grad_norm, self.left_out.in_a_row = norm, 0
+            else:
+                self.windows.sums.copy_(sums)  # nothing was learnt from this step, and its sums are not finite
+                self._leave_out(batches)
             self._report(lr)
             is_best = self._due(recipe.train.eval_every_steps) and self._evaluate() and recipe.checkpoint.keep_best
             stopping = self._asked_to_stop()
@@ -96,6 +107,53 @@ class Run:
         if self.world.is_main:
             mark_finished(self.folder, {"step": self.step})
         self.world.barrier()
+
+    def _leave_out(self, batches: Sequence[Batch]) -> None:
+        """Say that this step, whose loss or gradient is not finite, changed nothing, or end the run. Collective.
+
+        Raises:
+            TrainingError: the recipe says so, or too many came in a row; where the batch is kept.
+        """
+        left_out, packs = self.left_out, torch.from_numpy(self.loader.packs)
+        left_out.total += 1
+        left_out.in_a_row += 1
+        losses = losses_of_packs(self.model, batches, self.world)
+        found = f"step {self.step}: the loss or the gradient is not finite: {origin(losses, packs)}"
+        stopping = self.recipe.train.on_nan == "stop" or left_out.in_a_row == MOST_IN_A_ROW
+        message = found if stopping else f"{found}; the step is skipped, and changed nothing that trains"
+        self._record(Finding(self.step, "stop" if stopping else "warn", "not_finite", None, message).record())
+        if not stopping:
+            return
+        kept = self.folder / "crash" / f"step-{self.step}"
+        where = f"its batch is in {kept}"
+        try:
+            keep_batch(kept, batches, packs, losses, self._facts_of_step(), self.world)
+        except CheckpointError as error:  # rank 0, whose sentence is the one that is told
+            where = f"its batch could not be kept: {error}"
+        advice = (
+            "set train.on_nan: skip to pass over such a step"
+            if self.recipe.train.on_nan == "stop"
+            else f"{MOST_IN_A_ROW} steps in a row are no accident of the data; lower optim.lr, or look at the weights"
+        )
+        raise TrainingError(f"{found}; {where}; {self._newest()}; the same command comes to this step again; {advice}")
+
+    def _facts_of_step(self) -> dict[str, Any]:
+        """What a step is taken with beside its batch."""
+        train = self.recipe.train
+        return {
+            "step": self.step,
+            "lr": learning_rate(self.step, steps=train.steps, optim=self.recipe.optim),
+            "seed": train.seed,
+            "seeds": [step_seed(train.seed, self.step, rank) for rank in range(self.world.size)],
+            "ranks": self.world.size,
+            "expert": self.world.expert_size,
+            "loader": self.loader.state(),
+            "base": self.base,
+        }
+
+    def _newest(self) -> str:
+        kept, _ = newest_checkpoint(self.folder / "checkpoints")
+        return f"the newest whole checkpoint is {kept}" if kept else "there is no checkpoint yet"
 
     def _asked_to_stop(self) -> str | None:
         """Why this run is to end in order now, if any rank has been told so. Two numbers are communicated.
@@ -119,15 +177,14 @@ class Run:
     def _report(self, lr: float) -> None:
         """Write what is due of the training line and the routing record. Communicates when something is."""
         monitor = self.recipe.monitor
-        # A gradient that is not finite is seen by all ranks, and reported before a checkpoint could keep what it did.
-        broken = not math.isfinite(self.grad_norm)
-        report = broken or self.step == 1 or self._due(self.recipe.train.log_every_steps)
+        report = self.step == 1 or self._due(self.recipe.train.log_every_steps)
         drift = monitor.drift_every_steps > 0 and self._due(monitor.drift_every_steps)
         routing = drift or (monitor.routing_every_steps > 0 and self._due(monitor.routing_every_steps))
         if not report and not routing:
             return
         since_report, since_routing = self.windows.close(self.world, report=report, routing=routing)
         line = self._training_line(since_report, lr)
+        report, routing = report and since_report.tokens > 0, routing and since_routing.tokens > 0  # else all left out
         # Routing first: the training line on the console names the worst layer of this window, not of the one before.
         if routing:
             snapshot = RoutingSnapshot(self.step, self.layers, since_routing.rows, since_routing.tokens)
@@ -204,6 +261,7 @@ class Run:
             "base": self.base,
             "loader": self.loader.state(),
             "best": self.best,
+            "left_out": asdict(self.left_out),
             "health": self.health.state(),
             "wandb": run_id(self.folder) if self.world.is_main and self.recipe.monitor.wandb != "off" else None,
         }
@@ -241,7 +299,7 @@ class Run:
         state, tensors = found
         if self.world.is_main:  # the sums of all ranks since the last reports; the other ranks start from zero
             self.windows.sums.copy_(tensors.read("windows"))
-        self.best = state["best"]
+        self.best, self.left_out = state["best"], LeftOut(**state["left_out"])
         self.health.restore(state["health"])
         if self.world.is_main and state["wandb"]:
             keep_run_id(self.folder, state["wandb"])
@@ -282,11 +340,7 @@ class Run:
         if not told:
             return
         reasons = next(reasons for reasons in self.world.gather(self.reasons_to_stop) if reasons)
-        kept, _ = newest_checkpoint(self.folder / "checkpoints")
-        raise TrainingError(
-            f"step {self.step}: stopped: {'; '.join(reasons)}; "  # type: ignore[arg-type]
-            + (f"the newest whole checkpoint is {kept}" if kept else "there is no checkpoint yet")
-        )
+        raise TrainingError(f"step {self.step}: stopped: {'; '.join(reasons)}; {self._newest()}")  # type: ignore[arg-type]
 
 
 def peak_bytes(device: torch.device) -> int:

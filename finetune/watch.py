@@ -1,15 +1,17 @@
 """What can end a run from outside, noticed by every rank: a signal, a launcher that died, a step that never returns.
 
 A scheduler's SIGTERM (or SIGUSR1) is a wish: the loop asks `asked_to_stop` after each step, saves, and leaves in order.
-A launcher that was killed leaves its ranks behind without a word; the guard turns that into the same wish. A rank
-that hangs, in a collective say, can do nothing for itself, so a timer outside Python's control writes the stack of
-every thread to `crash/rankR.stack` and ends the process.
+A launcher that was killed leaves its ranks behind without a word; the guard turns that into the same wish. When a step
+does not return, on this rank or because another hangs, the guard writes the stack of every thread to
+`crash/rankR.stack`. The rank ends a minute later: when the first one ends the others are ended with it, and by then all
+of them have written. A timer outside Python's control does both for a rank whose guard cannot run.
 """
 
 import faulthandler
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,23 +21,28 @@ import psutil
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STALL_SECONDS = 3600.0  # no step, evaluation or checkpoint takes an hour; a hang in a collective takes for ever
-GUARD_SECONDS = 1.0  # between two looks at the launcher
+GRACE_SECONDS = 60.0  # from the stack to the end: the ranks notice a hang as far apart as they began the step
+GUARD_SECONDS = 1.0  # between two looks at the launcher and the clock
 
 
 class Watch:
     """Watches over one rank from `begin` to `end`."""
 
-    def __init__(self, folder: Path, rank: int, stall_seconds: float):
+    def __init__(self, folder: Path, rank: int, stall_seconds: float, grace_seconds: float = GRACE_SECONDS):
         """Nothing is watched yet.
 
         Args:
             folder: of the run.
             stall_seconds: the longest that may pass between two beats.
+            grace_seconds: how much later the rank ends.
         """
         self.asked_to_stop: str | None = None
         self._stack_path = folder / "crash" / f"rank{rank}.stack"
-        self._stall_seconds = stall_seconds
+        self._stall_seconds, self._grace_seconds = stall_seconds, grace_seconds
+        self._launcher: list[int] | None = None
+        self._stall_at = float("inf")  # time.monotonic(), infinite once the stack of this stall is written
         self._over = threading.Event()
+        self._thread = threading.Thread(target=self._guard, daemon=True)
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def begin(self, *, launched: bool) -> None:
@@ -47,21 +54,26 @@ class Watch:
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._on_signal)
         if launched:
-            threading.Thread(target=self._guard, args=(_ancestors(),), daemon=True).start()
+            self._launcher = _ancestors()
         self._stack_path.parent.mkdir(parents=True, exist_ok=True)
         self._stack_file = self._stack_path.open("w")
         self.beat()
+        self._thread.start()
 
     def beat(self) -> None:
         """Say that this rank makes progress."""
-        faulthandler.dump_traceback_later(self._stall_seconds, exit=True, file=self._stack_file)
+        self._stall_at = time.monotonic() + self._stall_seconds
+        end = self._stall_seconds + self._grace_seconds
+        faulthandler.dump_traceback_later(end, exit=True, file=self._stack_file)
 
     def end(self) -> None:
-        """Stop watching; leaves no file behind."""
+        """Stop watching; leaves no file behind but the stack of a hang."""
         faulthandler.cancel_dump_traceback_later()
         self._over.set()
+        self._thread.join()
         self._stack_file.close()
-        self._stack_path.unlink(missing_ok=True)
+        if self._stack_path.stat().st_size == 0:
+            self._stack_path.unlink()
         with suppress(OSError):  # another rank's file, or a crash record, is still in it
             self._stack_path.parent.rmdir()
         for number, handler in self._before.items():
@@ -72,11 +84,16 @@ class Watch:
             os._exit(128 + number)
         self.asked_to_stop = signal.Signals(number).name
 
-    def _guard(self, expected: list[int]) -> None:
+    def _guard(self) -> None:
         while not self._over.wait(GUARD_SECONDS):
-            if _ancestors() != expected:
+            if self._launcher is not None and _ancestors() != self._launcher:
                 self.asked_to_stop = self.asked_to_stop or "the launcher died"
-                return
+                self._launcher = None
+            if time.monotonic() > self._stall_at:
+                self._stall_at = float("inf")
+                self._stack_file.write(f"no progress for {self._stall_seconds:g} s\n")
+                self._stack_file.flush()
+                faulthandler.dump_traceback(self._stack_file, all_threads=True)
 
 
 def _ancestors() -> list[int]:

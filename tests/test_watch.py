@@ -14,7 +14,7 @@ RANK = """
 import sys, time
 from pathlib import Path
 from finetune.watch import Watch
-watch = Watch(Path(sys.argv[1]), 3, stall_seconds=float(sys.argv[2]))
+watch = Watch(Path(sys.argv[1]), 3, stall_seconds=float(sys.argv[2]), grace_seconds=2)
 watch.begin(launched=True)
 print("ready", flush=True)
 if sys.argv[3] == "hangs":
@@ -72,13 +72,14 @@ def test_the_death_of_the_launchers_parent_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_hang_leaves_the_stack_of_every_thread(tmp_path: Path) -> None:
-    rank = start(tmp_path, 2.5, "hangs")  # not when the guard, which looks every second, is awake
+    rank = start(tmp_path, 2, "hangs")
     began = time.monotonic()
     assert first_line(rank) == "ready\n"
     assert rank.wait(timeout=20) == 1
     assert time.monotonic() - began >= 2
     stack = (tmp_path / "crash" / "rank3.stack").read_text()
-    assert "Timeout" in stack
+    assert stack.startswith("no progress for 2 s\n")
+    assert "Timeout" in stack  # the timer's own, with which the process ended
     assert "most recent call first" in stack
     assert 'File "<string>", line 9 in <module>' in stack
 
@@ -90,3 +91,53 @@ def test_beats_put_the_end_off(tmp_path: Path) -> None:
         rank.wait(timeout=3)
     rank.terminate()
     assert rank.wait(timeout=10) == 0
+
+
+PEERS = """
+import sys, time, datetime
+from pathlib import Path
+import torch, torch.distributed as dist
+from finetune.watch import Watch
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+watch = Watch(folder, rank, stall_seconds=3, grace_seconds=20)
+time.sleep(3 * rank)  # the ranks begin a step at different times
+watch.begin(launched=False)
+try:
+    if rank == 1:
+        time.sleep(300)
+    else:
+        dist.all_reduce(torch.zeros(1))
+finally:
+    watch.end()
+"""
+
+
+def test_a_hang_of_one_rank_leaves_the_stacks_of_all(tmp_path: Path) -> None:
+    """Rank 1 never comes to the collective that rank 0 waits in; rank 0, whose time is up first, ends both."""
+    peers = [subprocess.Popen([sys.executable, "-c", PEERS, str(tmp_path), str(rank)], cwd=ROOT) for rank in range(2)]
+    try:
+        assert peers[0].wait(timeout=90) == 1
+        peers[1].kill()  # as the launcher does to the others
+        peers[1].wait()
+    finally:
+        for peer in peers:
+            peer.kill()
+    for rank, place in enumerate(("all_reduce", 'File "<string>", line 13 in <module>')):
+        assert place in (tmp_path / "crash" / f"rank{rank}.stack").read_text()
+
+
+def test_a_rank_that_loses_its_peer_in_a_hang_keeps_its_stack(tmp_path: Path) -> None:
+    """The collective fails as soon as the other has ended; the stack of the hang is not taken for a leftover."""
+    peers = [subprocess.Popen([sys.executable, "-c", PEERS, str(tmp_path), str(rank)], cwd=ROOT) for rank in range(2)]
+    stack, end = tmp_path / "crash" / "rank0.stack", time.monotonic() + 60
+    try:
+        while not (stack.exists() and "all_reduce" in stack.read_text()):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        peers[1].kill()
+        assert peers[0].wait(timeout=15) == 1  # long before its own time is up
+    finally:
+        for peer in peers:
+            peer.kill()
+    assert "all_reduce" in stack.read_text()

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.shards import read_header
+from finetune.checkpoint.shards import listed, read_header
 from finetune.checkpoint.writer import LEFTOVER, MANIFEST, STEP, hash_of, hash_of_values, step_of
+from monitoring.metrics import read_metrics
 
 
 class TensorStore(Mapping[str, Tensor]):
@@ -73,6 +74,23 @@ def newest_name(root: Path) -> str | None:
     return str(max(whole, key=step_of)) if whole else None
 
 
+def check_nothing_lost(root: Path) -> None:
+    """Make sure that a run without a whole checkpoint never had one, so that its first step is the one to take.
+
+    Raises:
+        CheckpointError: checkpoints are there and all are damaged, or the run's own lines tell of one that is gone.
+    """
+    anew = "put one back, or, to begin at the first step, delete the run folder or give this run another name"
+    if root.is_dir() and (damaged := sorted((p for p in root.iterdir() if STEP.fullmatch(p.name)), key=step_of)):
+        raise CheckpointError(
+            f"{root}: none of its checkpoints is whole ({listed([path.name for path in damaged])}); {anew}"
+        )
+    metrics = root.parent / "metrics.jsonl"
+    saved = [line for line in read_metrics(metrics) if line["kind"] == "checkpoint"] if metrics.exists() else []
+    if saved:
+        raise CheckpointError(f"{root}: the checkpoint of step {saved[-1]['step']} is gone; {anew}")
+
+
 def chosen_checkpoint(root: Path, which: str, say: Callable[[str], None]) -> Path:
     """The checkpoint that a user names, whole: `newest`, `best` (the lowest held-out loss) or `step-N`.
 
@@ -129,8 +147,11 @@ def _fault(folder: Path) -> str | None:
             return f"{path.name} is missing"
         if path.stat().st_size != part["bytes"]:
             return f"{path.name} is {path.stat().st_size} bytes instead of {part['bytes']}"
-        if hash_of(path) != part["sha256"]:
-            return f"{path.name} was changed after it was written (its hash differs)"
+        if (found := hash_of(path)) != part["sha256"]:
+            return (
+                f"{path.name} was changed after it was written (its sha256 is {found[:12]}..., the manifest says"
+                f" {part['sha256'][:12]}...)"
+            )
     return None
 
 
@@ -144,5 +165,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError):
         raise CheckpointError(f"{path}: not a manifest of a checkpoint; it was changed or cut short") from None
     if recorded != hash_of_values(manifest):
-        raise CheckpointError(f"{path}: was changed after it was written (its hash differs)")
+        raise CheckpointError(
+            f"{path}: was changed after it was written (it names its own sha256 {str(recorded)[:12]}..., its values"
+            f" have {hash_of_values(manifest)[:12]}...)"
+        )
     return manifest

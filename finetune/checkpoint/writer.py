@@ -124,11 +124,20 @@ class Writer:
             self._wait_for_parts(partial)
             _commit(partial, final, step, self._ranks, described)
             _prune(self._root, step, self._keep, spare)
+        except CheckpointError:
+            self._drop(partial)
+            raise
         except (OSError, SafetensorError) as error:
+            self._drop(partial)
             raise CheckpointError(
                 f"{final}: rank {self._rank} could not write it ({error}); the checkpoints before it are whole"
             ) from error
         return Written(step, final, time.perf_counter() - began)
+
+    def _drop(self, partial: Path) -> None:
+        """Remove what can no longer become a checkpoint; rank 0 ends last, and a full disk needs the space."""
+        if self._rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _wait_for_folder(self, partial: Path) -> None:
         end = time.monotonic() + SECONDS_TO_APPEAR
