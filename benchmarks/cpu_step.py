@@ -27,7 +27,7 @@ RESULTS = Path("benchmarks/results/cpu_step.json")
 BASE = Path("recipes/base/config.json")
 NAMES = ("transformers_peft", "nextune")
 SEQUENCES, TOKENS = 2, 512  # train.micro_batch_tokens and train.sequence_tokens of recipes/tiny.yaml
-# Float32 on both sides: what is left before the first step is the order of sums. Later a router's choice may hang on it,
+# Float32 on both sides: before the first step only the order of sums differs. Later a router's choice may hang on that,
 # and the losses part, but they fall alike.
 TOLERANCE = 1e-4
 

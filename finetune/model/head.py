@@ -18,14 +18,17 @@ def token_loss_sum(
     """Sum of cross entropies over the supervised tokens, in float32, and how many there are.
 
     labels[b, t] is the token that position t must predict (already shifted), or -100. Only supervised positions reach
-    the head, `chunk_tokens` at a time, and their logits are computed again in the backward pass: the most that exists
-    is chunk_tokens x vocabulary in float32, not batch x time x vocabulary. One host synchronisation.
+    the head, `chunk_tokens` at a time, and the logits of all but the last are computed again in the backward pass: the
+    most that exists is chunk_tokens x vocabulary in float32, not batch x time x vocabulary. One host synchronisation.
     """
     supervised = (labels.flatten() != IGNORED).nonzero().squeeze(-1)  # the one host synchronisation
     hidden, targets = hidden.flatten(0, 1).index_select(0, supervised), labels.flatten()[supervised]
     loss = hidden.new_zeros((), dtype=torch.float32)
-    for x, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+    *others, last = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    for x, target in others:
         loss = loss + checkpoint(_cross_entropy_sum, x, weight, target, use_reentrant=False)
+    # The backward pass begins with the last chunk, so keeping its logits costs no more than computing them again would.
+    loss = loss + _cross_entropy_sum(last[0], weight, last[1])
     return loss, (labels != IGNORED).sum()
 
 
