@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import milliseconds, write_results
+from finetune.kernels.delta_rule import gated_delta_rule
 from finetune.kernels.deltanet import prepare_fused
 from finetune.kernels.gated_norm import gated_norm_fused
 from finetune.model.config import ModelConfig
@@ -85,7 +86,7 @@ def ours(weights: dict[str, Tensor]) -> Layer:
     layer = GatedDeltaNet(ModelConfig.from_dict(CONFIG)).cuda().bfloat16()
     layer.load_state_dict(weights)
     layer.requires_grad_(False)
-    layer.prepare, layer.norm.compute = prepare_fused, gated_norm_fused
+    layer.prepare, layer.rule, layer.norm.compute = prepare_fused, gated_delta_rule, gated_norm_fused
 
     def run(x: Tensor) -> Tensor:
         return layer(x, torch.zeros(x.shape[:2], dtype=torch.long, device=x.device))

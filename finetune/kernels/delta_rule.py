@@ -3,7 +3,7 @@
 Forward: one kernel for what a chunk knows alone (the inverse of its triangular system, the scores of its queries), all
 chunks at once; then one that walks the chunks of a head with the state in registers and writes the outputs as it goes.
 Backward: the same walk again for the states, a walk from the end for their gradients, and one kernel for the rest, all
-chunks at once, in which the value heads that share a key head take turns: no atomics, so two runs give the same bits.
+chunks and value heads at once; those that share a key head are summed after it. No atomics: two runs give equal bits.
 
 Kept for the backward pass beside the inputs: two matrices of chunk x chunk for every chunk and value head, and two
 float32 numbers for every token and value head. With 32 value heads and bfloat16 that is 8.4 KB a token.
@@ -53,7 +53,8 @@ def gated_delta_rule(
             raise ValueError(f"delta rule kernel: the {name} head dim is {x.shape[-1]}; it must be one of {HEAD_DIMS}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
-            f"delta rule kernel: query, key and value must have one dtype, not {query.dtype}, {key.dtype}, {value.dtype}"
+            f"delta rule kernel: query, key and value must have one dtype, not {query.dtype}, {key.dtype} and"
+            f" {value.dtype}"
         )
     return _GatedDeltaRule.apply(query, key, value, log_decay.float(), write.float(), segment_ids)
 
@@ -77,17 +78,19 @@ class _GatedDeltaRule(torch.autograd.Function):
         deltas, d_value, d_states = (x.new_empty(x.shape) for x in (value, value, states))
         _scan(query, key, value, chunks, None, deltas, states)
         _reverse(query, key, gradient, chunks, d_states, d_value)
-        d_query, d_key = query.new_empty(query.shape), key.new_empty(key.shape)
+        by_head = (*value.shape[:3], key.shape[-1])
+        d_query, d_key = query.new_empty(by_head), key.new_empty(by_head)
         d_log_decay, d_write = torch.empty_like(log_decay), torch.empty_like(write)
         batch, time, heads = log_decay.shape
         if time:
             sizes = _gradient_sizes(value)
-            gradient_kernel[(key.shape[2], triton.cdiv(time, CHUNK), batch)](
+            gradient_kernel[(heads, triton.cdiv(time, CHUNK), batch)](
                 query, key, gradient, deltas, d_value, states, d_states, log_decay, write, segment_ids,
                 d_query, d_key, d_log_decay, d_write, time, query.stride(1), key.stride(1), gradient.stride(1),
                 key.shape[-1] ** -0.5, HEADS=heads, GROUP=heads // key.shape[2], K=key.shape[-1], V=value.shape[-1],
                 BV=sizes.columns, C=CHUNK, PRECISION=_precision(value), num_warps=sizes.warps, num_stages=sizes.stages,
             )  # fmt: skip
+        d_query, d_key = (x.unflatten(2, (key.shape[2], -1)).sum(3) for x in (d_query, d_key))
         return d_query, d_key, d_value, d_log_decay, d_write, None
 
 
@@ -144,7 +147,7 @@ def _reverse(query: Tensor, key: Tensor, gradient: Tensor, chunks: _Chunks, d_st
     batch, time, heads, columns = gradient.shape
     if not time:
         return
-    sizes = _walk_sizes(gradient)
+    sizes = _walk_sizes(gradient, backwards=True)
     reverse_kernel[(columns // sizes.columns, heads, batch)](
         query, key, gradient, *chunks, d_states, d_value, time, query.stride(1), key.stride(1), gradient.stride(1),
         key.shape[-1] ** -0.5, HEADS=heads, GROUP=heads // key.shape[2], K=key.shape[-1], V=columns,
@@ -153,7 +156,7 @@ def _reverse(query: Tensor, key: Tensor, gradient: Tensor, chunks: _Chunks, d_st
 
 
 def _token_rows(x: Tensor) -> Tensor:
-    """x with the heads of a token side by side and the tokens equally far apart; a slice of wider rows is not copied."""
+    """x with a token's heads side by side and tokens equally far apart; a slice of wider rows is not copied."""
     even = x.stride(-1) == 1 and x.stride(2) == x.shape[3] and x.stride(0) == x.shape[1] * x.stride(1)
     return x if even else x.contiguous()
 
@@ -163,16 +166,16 @@ def _precision(x: Tensor) -> str:
     return "tf32x3" if x.dtype == torch.float32 else "tf32"
 
 
-def _walk_sizes(value: Tensor) -> Sizes:
+def _walk_sizes(value: Tensor, *, backwards: bool = False) -> Sizes:
     """Few heads are cut into narrow programs, so that the walks fill the card; chosen by measurement on an H100."""
     walks, columns = value.shape[0] * value.shape[2], value.shape[3]
     if value.dtype == torch.float32:
         return Sizes(min(columns, 16), 4, 1)
     if walks >= 96:
-        return Sizes(min(columns, 128), 8, 2)
+        return Sizes(min(columns, 128), 8, 2) if backwards else Sizes(min(columns, 64), 4, 1)
     return Sizes(min(columns, 64 if walks >= 48 else 32), 4, 2)
 
 
 def _gradient_sizes(value: Tensor) -> Sizes:
     columns = value.shape[3]
-    return Sizes(min(columns, 16), 8, 1) if value.dtype == torch.float32 else Sizes(min(columns, 64), 8, 1)
+    return Sizes(min(columns, 16 if value.dtype == torch.float32 else 64), 8, 1)

@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 @no_type_check
 def _decays(log_decay, segments, batch, chunk, head, time, HEADS: tl.constexpr, C: tl.constexpr):
-    """Decays of one chunk: D (chunk, chunk), from the start to each token, from each token to the end; and the masks."""
+    """Decays of one chunk: D (chunk, chunk), from its start to each token, from each token to its end; and the masks."""
     at = tl.arange(0, C)
     start = batch.to(tl.int64) * time + chunk * C
     live = at < time - chunk * C
@@ -132,7 +132,7 @@ def reverse_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the values, and of the state that leaves each chunk; BV columns of one head, from the last chunk on."""
+    """Gradients of values, and of the state that leaves each chunk; BV columns of a head, from the last chunk on."""
     head, batch = tl.program_id(1), tl.program_id(2)
     at, column, along = tl.arange(0, C), tl.program_id(0) * BV + tl.arange(0, BV), tl.arange(0, K)
     dtype: tl.constexpr = d_value.dtype.element_ty
@@ -174,64 +174,62 @@ def gradient_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries, keys, decays and writes of one chunk and key head; its value heads take turns."""
-    key_head, chunk, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Gradients of queries, keys, decays and writes of one chunk and value head.
+
+    One after the other: what pairs of tokens give each other, what comes through the state before the chunk, what
+    through the one after it. Their sums together would not fit into the registers.
+    """
+    head, chunk, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     at, column = tl.arange(0, C), tl.arange(0, K)
     dtype: tl.constexpr = d_query.dtype.element_ty
     start = batch.to(tl.int64) * time + chunk * C
+    here = (batch.to(tl.int64) * HEADS + head) * tl.num_programs(1) + chunk
     live = at < time - chunk * C
-    side = key_head * K + column[None, :]
+    side = (head // GROUP) * K + column[None, :]
     k = tl.load(key + start * k_stride + (at * k_stride)[:, None] + side, mask=live[:, None], other=0.0)
     q = tl.load(query + start * q_stride + (at * q_stride)[:, None] + side, mask=live[:, None], other=0.0)
-    d_q, d_k = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
-    for turn in range(GROUP):
-        head = key_head * GROUP + turn
-        reaches, between, from_start, to_end = _decays(log_decay, segments, batch, chunk, head, time, HEADS, C)
-        b = tl.load(write + (start + at) * HEADS + head, mask=live, other=0.0)
-        before = tl.sum(q.to(tl.float32) * d_q + k.to(tl.float32) * d_k, 1)
-        d_q, d_k, d_written, d_scores, d_system, stayed = _from_states(
-            d_q, d_k, gradient, deltas, d_value, states, d_states, from_start, to_end, start, live,
-            (batch.to(tl.int64) * HEADS + head) * tl.num_programs(1) + chunk, head, g_stride, scale,
-            HEADS, K, V, BV, C, PRECISION,
-        )  # fmt: skip
-        entered = tl.sum(q.to(tl.float32) * d_q + k.to(tl.float32) * d_k, 1) - before
-        left = tl.sum(k.to(tl.float32) * d_written, 1)
+    scores, system, d_b, d_total = _from_pairs(
+        q, k, gradient, deltas, d_value, log_decay, write, segments, batch, chunk, head, time, start, live,
+        g_stride, scale, HEADS, V, BV, C, PRECISION,
+    )  # fmt: skip
+    b = tl.load(write + (start + at) * HEADS + head, mask=live, other=0.0)
+    reaches, _, from_start, to_end = _decays(log_decay, segments, batch, chunk, head, time, HEADS, C)
+    place = (start * HEADS + head) * K + (at * HEADS * K)[:, None] + column[None, :]
 
-        # Of what is multiplied by b_j, the part without it: its product with b is the gradient by decay.
-        d_scores *= between * scale
-        d_system = tl.where(at[:, None] > at[None, :], -d_system * between, 0.0)
-        pairs = d_scores * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        pairs += d_system * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        d_b = tl.sum(pairs, 0) + left
-        d_total = tl.sum(pairs * b[None, :], 1) + entered - b * d_b
-        d_total += tl.where(
-            at == C - 1, tl.sum(b * left, 0) + stayed * tl.sum(tl.where(at == C - 1, from_start, 0.0), 0), 0.0
-        )
-        d_log = tl.sum(tl.where(reaches, d_total[:, None], 0.0), 0)
-        tl.store(d_log_decay + (start + at) * HEADS + head, d_log, mask=live)
-        tl.store(d_write + (start + at) * HEADS + head, d_b, mask=live)
-
-        d_written = tl.dot(tl.trans(d_scores.to(dtype)), q, d_written, input_precision=PRECISION)
-        d_written = tl.dot(tl.trans(d_system.to(dtype)), k, d_written, input_precision=PRECISION)
-        d_q = tl.dot((d_scores * b[None, :]).to(dtype), k, d_q, input_precision=PRECISION)
-        d_k = tl.dot((d_system * b[None, :]).to(dtype), k, d_k, input_precision=PRECISION)
-        d_k += b[:, None] * d_written
-    place = (start * (HEADS // GROUP) + key_head) * K + (at * (HEADS // GROUP) * K)[:, None] + column[None, :]
+    d_q, d_k = _from_state_before(
+        gradient, d_value, states, from_start, start, live, here, head, g_stride, scale, HEADS, K, V, BV, C, PRECISION
+    )
+    d_total += tl.sum(q.to(tl.float32) * d_q + k.to(tl.float32) * d_k, 1)
+    d_q = tl.dot((scores.to(tl.float32) * b[None, :]).to(dtype), k, d_q, input_precision=PRECISION)
     tl.store(d_query + place, d_q.to(dtype), mask=live[:, None])
-    tl.store(d_key + place, d_k.to(dtype), mask=live[:, None])
+    d_k = tl.dot((system.to(tl.float32) * b[None, :]).to(dtype), k, d_k, input_precision=PRECISION)
+
+    d_written, stayed = _from_state_after(
+        deltas, states, d_states, to_end, start, live, here, head, HEADS, K, V, BV, C, PRECISION
+    )
+    left = tl.sum(k.to(tl.float32) * d_written, 1)
+    d_written = tl.dot(tl.trans(scores), q, d_written, input_precision=PRECISION)
+    d_written = tl.dot(tl.trans(system), k, d_written, input_precision=PRECISION)
+    tl.store(d_key + place, (d_k + b[:, None] * d_written).to(dtype), mask=live[:, None])
+
+    d_b += left
+    d_total -= b * d_b
+    of_last = tl.sum(b * left, 0) + stayed * tl.sum(tl.where(at == C - 1, from_start, 0.0), 0)
+    d_total += tl.where(at == C - 1, of_last, 0.0)
+    d_log = tl.sum(tl.where(reaches, d_total[:, None], 0.0), 0)
+    tl.store(d_log_decay + (start + at) * HEADS + head, d_log, mask=live)
+    tl.store(d_write + (start + at) * HEADS + head, d_b, mask=live)
 
 
 @triton.jit
 @no_type_check
-def _from_states(
-    d_q, d_k, gradient, deltas, d_value, states, d_states, from_start, to_end, start, live, here, head, g_stride, scale,
-    HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+def _from_pairs(
+    q, k, gradient, deltas, d_value, log_decay, write, segments, batch, chunk, head, time, start, live, g_stride, scale,
+    HEADS: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All sums over value columns: d_q and d_k with what comes through the states added, and the pairs' gradients."""
-    at, along = tl.arange(0, C), tl.arange(0, K)
-    d_written = tl.zeros((C, K), tl.float32)
+    """Gradients of the products q_i . k_j and k_i . k_j, before b_j; and their part of the gradients of b and decay."""
+    at = tl.arange(0, C)
     d_scores, d_system = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-    stayed = 0.0
     for first in range(0, V, BV):
         column = first + tl.arange(0, BV)
         place = (start * HEADS + head) * V + (at * HEADS * V)[:, None] + column[None, :]
@@ -239,15 +237,58 @@ def _from_states(
         d_v = tl.load(d_value + place, mask=live[:, None], other=0.0)
         place = start * g_stride + (at * g_stride)[:, None] + head * V + column[None, :]
         given = tl.load(gradient + place, mask=live[:, None], other=0.0)
-        state = tl.load(states + here * K * V + along[:, None] * V + column[None, :])
-        d_state = tl.load(d_states + here * K * V + along[:, None] * V + column[None, :])
         d_scores = tl.dot(given, tl.trans(delta), d_scores, input_precision=PRECISION)
         d_system = tl.dot(d_v, tl.trans(delta), d_system, input_precision=PRECISION)
+    _, between, _, _ = _decays(log_decay, segments, batch, chunk, head, time, HEADS, C)
+    d_scores *= between * scale
+    d_system = tl.where(at[:, None] > at[None, :], -d_system * between, 0.0)
+    # Of what is multiplied by b_j, the part without it: its product with b is the gradient by decay.
+    pairs = d_scores * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    pairs += d_system * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    b = tl.load(write + (start + at) * HEADS + head, mask=live, other=0.0)
+    return d_scores.to(q.dtype), d_system.to(q.dtype), tl.sum(pairs, 0), tl.sum(pairs * b[None, :], 1)
+
+
+@triton.jit
+@no_type_check
+def _from_state_before(
+    gradient, d_value, states, from_start, start, live, here, head, g_stride, scale,
+    HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What comes to q and k through the state before the chunk."""
+    at, along = tl.arange(0, C), tl.arange(0, K)
+    d_q, d_k = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
+    for first in range(0, V, BV):
+        column = first + tl.arange(0, BV)
+        place = (start * HEADS + head) * V + (at * HEADS * V)[:, None] + column[None, :]
+        d_v = tl.load(d_value + place, mask=live[:, None], other=0.0)
+        place = start * g_stride + (at * g_stride)[:, None] + head * V + column[None, :]
+        given = tl.load(gradient + place, mask=live[:, None], other=0.0)
+        state = tl.load(states + here * K * V + along[:, None] * V + column[None, :])
         reads = (given.to(tl.float32) * (from_start * scale)[:, None]).to(state.dtype)
         recalls = (d_v.to(tl.float32) * -from_start[:, None]).to(state.dtype)
-        written = (delta.to(tl.float32) * to_end[:, None]).to(state.dtype)
         d_q = tl.dot(reads, tl.trans(state), d_q, input_precision=PRECISION)
         d_k = tl.dot(recalls, tl.trans(state), d_k, input_precision=PRECISION)
+    return d_q, d_k
+
+
+@triton.jit
+@no_type_check
+def _from_state_after(
+    deltas, states, d_states, to_end, start, live, here, head,
+    HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What comes to b k through the state after the chunk, and to the decay of the state itself."""
+    at, along = tl.arange(0, C), tl.arange(0, K)
+    d_written = tl.zeros((C, K), tl.float32)
+    stayed = 0.0
+    for first in range(0, V, BV):
+        column = first + tl.arange(0, BV)
+        place = (start * HEADS + head) * V + (at * HEADS * V)[:, None] + column[None, :]
+        delta = tl.load(deltas + place, mask=live[:, None], other=0.0)
+        inside = here * K * V + along[:, None] * V + column[None, :]
+        d_state = tl.load(d_states + inside)
+        written = (delta.to(tl.float32) * to_end[:, None]).to(d_state.dtype)
         d_written = tl.dot(written, tl.trans(d_state), d_written, input_precision=PRECISION)
-        stayed += tl.sum(state.to(tl.float32) * d_state.to(tl.float32))
-    return d_q, d_k, d_written, d_scores, d_system, stayed
+        stayed += tl.sum(tl.load(states + inside).to(tl.float32) * d_state.to(tl.float32))
+    return d_written, stayed
