@@ -20,8 +20,8 @@ from torch import Tensor
 from finetune.model.deltanet import Heads, Prepared
 
 # Measured on an H100 at heads of 128 numbers. A program holds so many numbers, rows times the head dimension.
-NUMBERS, WARPS = 2048, 4
-BACKWARD_NUMBERS, BACKWARD_WARPS = 1024, 4
+NUMBERS, WARPS = 1024, 2
+BACKWARD_NUMBERS, BACKWARD_WARPS = 512, 4
 STEPS = 32  # tokens that a row of `_prepare_backward_kernel` walks through, last first
 DECAY_ROWS = 32  # tokens of a program that computes decays
 
