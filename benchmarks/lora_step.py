@@ -34,14 +34,13 @@ BASE = "transformers_peft_fla"
 DEFAULT = (BASE, f"{BASE}_liger", f"{BASE}_liger_unsloth", f"{BASE}_liger_axolotl", "nextune")
 WARM_UP_STEPS = 4
 PATIENCE_SECONDS = 240  # for one answer of a contender, compiling included
-# Of the spread of losses over tokens. Two right implementations in bfloat16 differ by 0.4% on a small model; where the
-# rounding of a router's logits changes a choice of experts, by more, a token at a time. A wrong one (another layout of
-# heads, a norm's convention, no decay) gives other losses altogether: 140%.
-LOSS_TOLERANCE = 0.1
-MEAN_TOLERANCE = 0.01  # of the mean loss: the rounding of 16,384 tokens averages out, one of 12.3 in bfloat16 does not
-# Of the fall of the loss over the run. The gradients' rounding is averaged over tokens, but Adam's first steps take the
-# sign of each and so make more of it.
-FALL_TOLERANCE = 0.1
+# Of the spread of losses over tokens. Right implementations were 2% to 10% apart on an H100: bfloat16 changes the
+# experts of some tokens. A wrong one (another layout of heads, another norm, no decay) has other losses: 140%.
+LOSS_TOLERANCE = 0.2
+MEAN_TOLERANCE = 0.01  # of the first loss, about 12.4: over 16,384 tokens that averages out; 0.001 was seen
+# Of the fall of the loss over the run, 0.03% apart on an H100: one adapter's wrong gradient shows in it. Adam's
+# first steps take the sign of a gradient and so make more of its rounding, the more the fewer the tokens.
+FALL_TOLERANCE = 0.05
 
 
 class RefusedError(RuntimeError):

@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 @no_type_check
 def _decays(log_decay, segments, batch, chunk, head, time, HEADS: tl.constexpr, C: tl.constexpr):
-    """Decays of one chunk: D (chunk, chunk), from its start to each token, from each token to its end; and the masks."""
+    """Decays of one chunk: D (chunk, chunk), from its start to each token, from each token to its end; and masks."""
     at = tl.arange(0, C)
     start = batch.to(tl.int64) * time + chunk * C
     live = at < time - chunk * C
