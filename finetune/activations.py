@@ -1,10 +1,12 @@
 """Bytes that the forward pass keeps for the backward pass, a token at a time: what each operation of `model/` saves.
 
-Plain arithmetic over a ModelConfig. Counted from the operations as they are written there (fused kernels would save
-less), and compared in the tests with what torch really saves. Imports no torch.
+Plain arithmetic over a ModelConfig. Counted from the operations as they are written there, or from the fused kernels
+that take their place, and compared in the tests with what torch really saves. Imports no torch.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from finetune.model.config import ModelConfig
 
@@ -16,6 +18,8 @@ LOSS_CHUNK_TOKENS = 2048  # chunk_tokens of `token_loss_sum`
 # logits, log-softmax and their gradients in float32.
 LOGIT_COPIES_FLOAT32 = 3
 LOGIT_COPIES_WEIGHT = 2
+LOSS_CHUNK_BYTES = 2**30  # CHUNK_BYTES of the fused loss: logits that exist at once
+TRANSIENT_TENSORS = 3  # gradients as large as a half's largest saved tensor that exist at once where torch makes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +29,61 @@ class Setting:
     weight_bytes: int
     full_parameter: bool  # inputs of every weight are kept, not only those of adapters
     sequence_tokens: int
-    packed: bool  # a mask keeps documents apart in attention
+    masked: bool  # a mask keeps documents apart in attention
     expert_adapter_rank: int = 0  # of adapters on the routed experts; 0: none
     router_losses: bool = False  # they read the logits of every layer
+    exchanged: bool = False  # rows come from other ranks
+    # Which computations are fused kernels; see `kernels` of a recipe.
+    fused_experts: bool = False
+    fused_layers: bool = False
+    fused_mixers: bool = False
 
 
-def layer_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[float]:
-    """Bytes per token of every tensor that one layer saves, small ones left out."""
-    hidden, weight = config.hidden_size, setting.weight_bytes
+class Sizes(NamedTuple):
+    """Bytes per token of one layer."""
+
+    mixer: float  # saved by the mixer's half
+    experts: float  # saved by the experts' half
+    between: float  # left even when both are computed again
+    gradients: float  # made in the backward pass, at once
+
+
+@functools.cache
+def sizes(config: ModelConfig, setting: Setting) -> tuple[Sizes, ...]:
+    """What every layer takes."""
+    kinds: dict[tuple[str, bool], Sizes] = {}
+    for layer, mixer in enumerate(config.layer_types):
+        kind = mixer, config.is_moe(layer)
+        if kind not in kinds:
+            kinds[kind] = Sizes(
+                sum(mixer_tensors(config, layer, setting)),
+                sum(experts_tensors(config, layer, setting)),
+                kept_between_layers(config, layer, setting),
+                max(mixer_gradients(config, layer, setting), experts_gradients(config, layer, setting)),
+            )
+    return tuple(kinds[mixer, config.is_moe(layer)] for layer, mixer in enumerate(config.layer_types))
+
+
+def mixer_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[float]:
+    """Bytes per token of every tensor that the mixer's half of a layer saves, small ones left out."""
+    size = float(config.hidden_size * setting.weight_bytes)
+    # The fused norms keep their input alone: that of the first is the layer's, which is kept anyway.
+    norms = [size] if setting.fused_layers else 2 * _norm(config.hidden_size, setting)
     is_linear = config.layer_types[layer] == "linear_attention"
-    norms = 2 * _norm(hidden, setting)
-    inputs = [float(hidden * weight)] * (2 if setting.full_parameter else 1)
-    mixer = _deltanet(config, setting) if is_linear else _attention(config, setting)
-    return norms + inputs + mixer + (_moe(config, setting) if config.is_moe(layer) else _mlp(config, setting))
+    return [*norms, size, *(_deltanet(config, setting) if is_linear else _attention(config, setting))]
+
+
+def experts_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[float]:
+    """The same of the half that holds the experts, or a dense MLP."""
+    size = float(config.hidden_size * setting.weight_bytes)
+    # Experts that gather while they load keep their input; those that gather before keep what was gathered.
+    inputs = [size] if setting.full_parameter or (config.is_moe(layer) and gathers(setting)) else []
+    return inputs + (_moe(config, setting) if config.is_moe(layer) else _mlp(config, setting))
+
+
+def gathers(setting: Setting) -> bool:
+    """Whether the experts read each row where its token lies, and never hold a copy of it for every expert."""
+    return setting.fused_experts and not setting.exchanged
 
 
 def kept_between_layers(config: ModelConfig, layer: int, setting: Setting) -> float:
@@ -47,8 +93,33 @@ def kept_between_layers(config: ModelConfig, layer: int, setting: Setting) -> fl
     return config.hidden_size * setting.weight_bytes + (routing if config.is_moe(layer) else 0)
 
 
+def mixer_gradients(config: ModelConfig, layer: int, setting: Setting) -> float:
+    """Bytes per token of gradients, and tensors made for them, that exist at once in the mixer's backward pass."""
+    if not setting.fused_mixers or config.layer_types[layer] != "linear_attention":
+        return TRANSIENT_TENSORS * max(mixer_tensors(config, layer, setting))
+    # Of the states before and after each chunk, of corrections and values, of queries and keys by value head, and of
+    # the projection.
+    by_head = config.linear_num_value_heads * config.linear_key_head_dim
+    rule = 2 * _states(config) + 2 * config.value_dim + 2 * by_head
+    return float(setting.weight_bytes * (rule + 2 * config.key_dim + 2 * config.value_dim))
+
+
+def experts_gradients(config: ModelConfig, layer: int, setting: Setting) -> float:
+    """The same in the backward pass of the experts' half."""
+    if not config.is_moe(layer) or not gathers(setting):
+        return TRANSIENT_TENSORS * max(experts_tensors(config, layer, setting))
+    top_k, hidden, width = config.num_experts_per_tok, config.hidden_size, config.moe_intermediate_size
+    trains = setting.full_parameter or setting.expert_adapter_rank > 0  # then activations and gathered rows exist too
+    rows = hidden + 2 * width + (width + 2 * hidden if trains else 0)
+    return float(setting.weight_bytes * (top_k * rows + 2 * hidden))
+
+
 def loss_bytes(config: ModelConfig, tokens: int, setting: Setting) -> int:
     """Bytes held while the loss of one chunk of `tokens` is differentiated."""
+    if setting.fused_layers:
+        logits = min(LOSS_CHUNK_BYTES, tokens * config.vocab_size * setting.weight_bytes)
+        master = FLOAT32 * config.vocab_size * config.hidden_size if setting.full_parameter else 0
+        return logits + master + 3 * tokens * config.hidden_size * setting.weight_bytes
     per_logit = LOGIT_COPIES_FLOAT32 * FLOAT32 + LOGIT_COPIES_WEIGHT * setting.weight_bytes
     return min(tokens, LOSS_CHUNK_TOKENS) * config.vocab_size * per_logit
 
@@ -57,12 +128,21 @@ def _norm(width: int, setting: Setting) -> list[float]:
     return [float(FLOAT32 * width)] * (3 if setting.full_parameter else 2)
 
 
+def _states(config: ModelConfig) -> float:
+    """Numbers of the recurrent state that is kept once a chunk, for each token."""
+    heads = config.linear_num_value_heads
+    return heads * config.linear_key_head_dim * config.linear_value_head_dim / DELTA_CHUNK_TOKENS
+
+
 def _deltanet(config: ModelConfig, setting: Setting) -> list[float]:
-    heads, weight = config.linear_num_value_heads, setting.weight_bytes
-    keys, values = heads * config.linear_key_head_dim, config.value_dim  # keys are repeated for every value head
-    channels = 2 * config.key_dim + config.value_dim
-    state = heads * config.linear_key_head_dim * config.linear_value_head_dim / DELTA_CHUNK_TOKENS  # one a chunk
-    rule = [keys] * 10 + [values] * 6 + [keys + values] + [heads * DELTA_CHUNK_TOKENS] * 6 + [state]
+    heads, weight, values = config.linear_num_value_heads, setting.weight_bytes, config.value_dim
+    channels = 2 * config.key_dim + values
+    if setting.fused_mixers:
+        # Projections, their convolution, two matrices a chunk, the output of the rule and that of the gated norm.
+        kept = [channels + values, 2 * heads, channels, 2 * heads * DELTA_CHUNK_TOKENS, values, values]
+        return [float(weight * size) for size in kept] + [float(FLOAT32 * heads)] * 4
+    keys = heads * config.linear_key_head_dim  # keys are repeated for every value head
+    rule = [keys] * 10 + [values] * 6 + [keys + values] + [heads * DELTA_CHUNK_TOKENS] * 6 + [_states(config)]
     convolution = [channels] * (config.linear_conv_kernel_dim if setting.full_parameter else 0)
     outside = [channels] + [values] * (3 if setting.full_parameter else 2)
     return [float(FLOAT32 * size) for size in rule + convolution] + [float(weight * size) for size in outside]
@@ -71,24 +151,35 @@ def _deltanet(config: ModelConfig, setting: Setting) -> list[float]:
 def _attention(config: ModelConfig, setting: Setting) -> list[float]:
     queries = config.num_attention_heads * config.head_dim
     keys, weight, time = config.num_key_value_heads * config.head_dim, setting.weight_bytes, setting.sequence_tokens
+    mask = [float(time * weight)] if setting.masked else []
+    attended = queries if setting.masked else keys  # beside a mask, keys and values are repeated for every head
+    if setting.fused_mixers:
+        # Queries with their gates and keys, before and after norm and rotation; values; the output, and gated.
+        kept = [2 * queries, keys, queries, attended, attended, queries, queries]
+        return [float(weight * size) for size in kept] + mask
     norms = _norm(queries, setting) + _norm(keys, setting)
-    mask = [time * weight] if setting.packed else []
-    attended = queries if setting.packed else keys  # beside a mask, keys and values are repeated for every head
-    return [*norms, *[float(weight * queries)] * 4, *[float(weight * attended)] * 2, *map(float, mask)]
+    return [*norms, *[float(weight * queries)] * 4, *[float(weight * attended)] * 2, *mask]
 
 
 def _moe(config: ModelConfig, setting: Setting) -> list[float]:
     hidden, top_k, weight = config.hidden_size, config.num_experts_per_tok, setting.weight_bytes
     width, shared = config.moe_intermediate_size, config.shared_expert_intermediate_size
     more = 1 if setting.full_parameter else 0
-    # The weights of the experts, and the factors that adapt them, both keep what they are multiplied with.
-    by_row = more or bool(setting.expert_adapter_rank)
-    rows = [top_k * hidden] * (2 + by_row) + [top_k * 2 * width] + [top_k * width] * (1 + by_row)
-    rows += [top_k * setting.expert_adapter_rank] * 2
-    alone = [hidden] + [shared] * (3 + more)
-    router = [FLOAT32 * config.num_experts, 3 * INT64 * top_k, *[FLOAT32 * hidden] * more]
+    rank = setting.expert_adapter_rank
+    if setting.fused_experts:
+        # Pre-activations; rows that were gathered for other ranks twice, as they arrive and as they come back.
+        rows = [top_k * 2 * width] + [top_k * hidden] * (0 if gathers(setting) else 2) + [top_k * rank]
+    else:
+        # The weights of the experts, and the factors that adapt them, both keep what they are multiplied with.
+        by_row = more or bool(rank)
+        rows = [top_k * hidden] * (2 + by_row) + [top_k * 2 * width] + [top_k * width] * (1 + by_row)
+        rows += [top_k * rank] * 2
+    alone = [hidden] + [shared] * (3 + more - setting.fused_layers)
+    router = [FLOAT32 * config.num_experts, 3 * INT64 * top_k]
+    router += [] if setting.fused_layers else [FLOAT32 * hidden] * more
     return [float(weight * size) for size in rows + alone] + [float(size) for size in router]
 
 
 def _mlp(config: ModelConfig, setting: Setting) -> list[float]:
-    return [float(setting.weight_bytes * config.intermediate_size)] * (4 if setting.full_parameter else 3)
+    kept = 3 + setting.full_parameter - setting.fused_layers
+    return [float(setting.weight_bytes * config.intermediate_size)] * kept

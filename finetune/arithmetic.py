@@ -6,8 +6,10 @@ gradient, and once more for the gradient of what trains; a frozen matrix has no 
 Source: the definitions in `model/`; the delta rule by the products of its chunked form (arXiv 2412.06464, section 3.3).
 """
 
+from collections.abc import Sequence
+
 from finetune.activations import DELTA_CHUNK_TOKENS
-from finetune.model.config import ModelConfig
+from finetune.model.config import ModelConfig, Recompute
 
 # Forward and backward of softmax attention in units of its forward: the backward pass has five products for its two.
 ATTENTION_PASSES = 3.5
@@ -44,11 +46,27 @@ def step_operations(
     return matrices + ATTENTION_PASSES * attention + DELTA_RULE_PASSES * delta_rule
 
 
-def recompute_operations(config: ModelConfig, sequence_tokens: int, *, adapter_parameters: int) -> float:
-    """Operations per token of one more forward pass through the layers, the head left out."""
+def recompute_operations(
+    config: ModelConfig, sequence_tokens: int, *, adapter_parameters: int, layers: Sequence[Recompute]
+) -> float:
+    """Operations per token of the halves of layers that are computed once more; adapters count by their share."""
+    halves = [half_operations(config, layer, sequence_tokens) for layer in range(config.num_hidden_layers)]
+    again = sum(m * r.mixer + e * r.experts for (m, e), r in zip(halves, layers, strict=True))
+    return again + 2 * adapter_parameters * again / sum(map(sum, halves))
+
+
+def half_operations(config: ModelConfig, layer: int, sequence_tokens: int) -> tuple[float, float]:
+    """Forward operations per token of one layer: of its mixer, and of its router and experts or dense MLP."""
     active = active_parameters(config)
+    linear, moe = config.layer_types.count("linear_attention"), len(config.moe_layers)
     attention, delta_rule = _mixer_operations(config, sequence_tokens)
-    return 2 * (sum(active.values()) - active["lm_head"] + adapter_parameters) + attention + delta_rule
+    if config.layer_types[layer] == "linear_attention":
+        mixer = (2 * active["deltanet"] + delta_rule) / linear
+    else:
+        mixer = (2 * active["attention"] + attention) / (config.num_hidden_layers - linear)
+    if config.is_moe(layer):
+        return mixer, 2 * (active["experts"] + active["router"] + active["shared_expert"]) / moe
+    return mixer, 2 * active["dense_mlp"] / (config.num_hidden_layers - moe)
 
 
 def _mixer_operations(config: ModelConfig, sequence_tokens: int) -> tuple[float, float]:

@@ -23,15 +23,17 @@ from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.weights import load_weights
 from finetune.engine import ExpertEngine
 from finetune.evaluation import to_device
-from finetune.kernels.choose import KernelError, choose, install
+from finetune.kernels.choose import KernelError, Kernels, choose, install
 from finetune.kernels.trial import Place
 from finetune.lora import AdapterError, inject
-from finetune.model.config import ModelConfig
+from finetune.model.config import ModelConfig, Recompute
 from finetune.model.model import PADDING, HybridMoEForCausalLM, initialise
 from finetune.parallel.experts import attach
 from finetune.parallel.world import World
+from finetune.planner import GIB, Machine, plan
 from finetune.recipe import Recipe, RecipeError, resolve
 from finetune.recipe_sections import Source as RecipeSource
+from finetune.recompute import asked_for, described
 from finetune.zero import zeros_on_disk
 
 Say = Callable[[str], None]
@@ -166,7 +168,7 @@ def datasets(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | N
 
 
 def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say: Say) -> HybridMoEForCausalLM:
-    dtype = dtype_of(recipe, world.device)
+    dtype, room = dtype_of(recipe, world.device), world.free_memory()
     with init_empty_weights(include_buffers=True):  # without buffers it would untie the head from the embedding
         model = HybridMoEForCausalLM(config, world.experts(config.num_experts))
     with world.together(CheckpointError, KernelError, RecipeError):
@@ -185,7 +187,8 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
     install(model, kernels)
     if world.expert_group is not None:
         attach(model, world.expert_group)
-    model.recompute = recipe.train.recompute == "full"
+    chosen, why = _recompute(recipe, config, kernels, world, room)
+    model.recompute = chosen
     model.keep_router_logits = reads_logits(recipe.router)
     say(
         f"{sum(config.parameter_counts().values()):,} parameters, "
@@ -193,9 +196,36 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
         + f", {str(dtype).removeprefix('torch.')} on {world.device}; {len(model.local_experts)} of {config.num_experts}"
         f" experts a layer on each rank"
     )
-    for sentence in kernels.said:
+    for sentence in (*kernels.said, f"computed again in the backward pass: {described(config, chosen)}, {why}"):
         say(sentence)
     return model
+
+
+def _recompute(
+    recipe: Recipe, config: ModelConfig, kernels: Kernels, world: World, room: int
+) -> tuple[tuple[Recompute, ...], str]:
+    """What every layer computes again in the backward pass, and why; the same on all ranks.
+
+    Args:
+        room: bytes that every rank can take, the model included.
+    """
+    asked = asked_for(config, recipe.train.recompute)
+    if asked is not None:
+        return asked, "as the recipe asks"
+    on_gpu = world.device.type == "cuda"
+    machine = Machine(
+        ranks=world.size,
+        ranks_per_node=1,  # the memory is each rank's own
+        device_name=str(world.device),
+        device_bytes=room if on_gpu else None,
+        host_bytes=None if on_gpu else room,
+    )
+    forms = recipe.kernels.model_copy(update=kernels.names)
+    made = plan(config, recipe.model_copy(update={"kernels": forms}), machine)
+    return (
+        made.recompute,
+        f"as the plan of {made.rank_bytes / GIB:.1f} in {(made.room_bytes or 0) / GIB:.1f} GiB allows",
+    )
 
 
 def _part(batch: Batch, world: World) -> Batch:

@@ -29,7 +29,7 @@ class Exchange:
 
     layers: int
     micro_batches: int  # of one optimizer step
-    forward_passes: int  # with those that are done once more
+    forward_passes: float  # with those that are done once more, of the mean layer
     node_bytes: float
     network_bytes: float
     ranks_per_node: int
@@ -70,14 +70,14 @@ def exchange(
     expert_size: int,
     ranks: int,
     ranks_per_node: int,
-    forward_passes: int,
+    forward_passes: float,
     links: Links,
 ) -> Exchange:
     """The exchange of a run whose expert groups are consecutive ranks, on machines that are filled one after another.
 
     Args:
         tokens: of one micro-batch, all of them routed.
-        forward_passes: of one micro-batch in one step; with one backward pass.
+        forward_passes: of one micro-batch in one step, of the mean layer; with one backward pass.
     """
     rows = tokens * experts_per_token * hidden * weight_bytes * (2 * forward_passes + 2)
     counts = num_experts * COUNT_BYTES * forward_passes

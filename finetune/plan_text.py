@@ -2,6 +2,7 @@
 
 from finetune.exchange_plan import Exchange
 from finetune.planner import FREE_FRACTION, GIB, SHARE_FUSED, SHARE_PLAIN, Plan
+from finetune.recompute import described
 
 
 def render(plan: Plan, source: str = "") -> str:
@@ -76,6 +77,7 @@ def _work(plan: Plan) -> list[str]:
         f"  the run: {train.steps:,} steps, {tokens:,} tokens",
         f"  a token: {_operations(plan.operations)} operations"
         + (f", and {_operations(plan.recomputed)} computed again" if plan.recomputed else ""),
+        f"  computed again in the backward pass: {described(plan.config, plan.recompute)}",
         f"  the run: {_operations(tokens * (plan.operations + plan.recomputed))} operations",
         *(_exchange(plan.exchange) if plan.exchange is not None else []),
     ]
@@ -88,7 +90,7 @@ def _work(plan: Plan) -> list[str]:
 
 def _exchange(made: Exchange) -> list[str]:
     """What the ranks send each other, and how long that takes at least."""
-    passes = f"{made.forward_passes} forward pass{'es' if made.forward_passes > 1 else ''} and the backward pass"
+    passes = f"{made.forward_passes:.3g} forward pass{'es' if made.forward_passes > 1 else ''} and the backward pass"
 
     def sizes(times: int) -> str:
         places = ((made.node_bytes, "within its machine"), (made.network_bytes, "over the network"))
@@ -147,7 +149,7 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def _row(name: str, size: int) -> str:
-    return f"  {name:<36}{_gib(size):>10}"
+    return f"  {name:<46}{_gib(size):>10}"
 
 
 def _gib(size: int) -> str:

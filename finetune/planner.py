@@ -11,21 +11,16 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from finetune import activations, state_bytes
+from finetune import recompute, state_bytes, working_bytes
 from finetune.activations import FLOAT32
 from finetune.arithmetic import recompute_operations, step_operations
 from finetune.exchange_plan import NVLINK_GBIT, UNKNOWN, Exchange, Links, exchange
-from finetune.model.config import ModelConfig
+from finetune.model.config import ALL, ModelConfig, Recompute
 from finetune.recipe import CHECKOUT, Recipe, RecipeError, resolve
 
 GIB = 2**30
 REFERENCE = CHECKOUT / "recipes" / "reference" / "qwen3-coder-next.json"
-# Held by CUDA, NCCL and libraries on a GPU, by Python with its libraries on the host, for each rank.
-RUNTIME_DEVICE_BYTES = 3 * GIB // 2
-RUNTIME_HOST_BYTES = GIB
 FREE_FRACTION = 0.08  # of a device, for what the allocator cannot use
-TRANSIENT_TENSORS = 3  # gradients as large as a layer's largest saved tensor that exist at once in its backward pass
-STORED_BYTES = 2  # a released checkpoint is bfloat16
 DENSE_PEAK = 798e12  # bfloat16 operations a second of an H100 or H200 (SXM)
 # Shares of that peak, recomputation not counted, measured with adapters on one H100 and extrapolated from 8 layers to
 # 48: the delta rule in plain torch; and fused. Without recomputation a step takes 0.71 of the time.
@@ -59,6 +54,7 @@ class Plan:
     expert_adapters: int  # parameters of the adapters on the routed experts, of the whole model
     trained_dense: int  # parameters that train on every rank alike, adapters of linear layers included
     trained_experts: int  # of the whole model: the routed experts, or the adapters on them
+    recompute: tuple[Recompute, ...]  # of every layer
     memory: dict[str, int]
     suggestion: str | None  # what would make it fit, when it does not
 
@@ -130,8 +126,8 @@ class Plan:
     def host_load_bytes(self) -> int:
         """Host memory of one node while weights are read: a stored tensor at a time in each rank."""
         ranks = min(self.machine.ranks, self.machine.ranks_per_node)
-        held = 0 if self.machine.device_bytes is not None else self.rank_bytes - RUNTIME_HOST_BYTES
-        return ranks * (held + _largest_stored(self.config) + RUNTIME_HOST_BYTES)
+        held = 0 if self.machine.device_bytes is not None else self.rank_bytes - working_bytes.RUNTIME_HOST_BYTES
+        return ranks * (held + state_bytes.largest_stored(self.config) + working_bytes.RUNTIME_HOST_BYTES)
 
     @property
     def host_save_bytes(self) -> int:
@@ -152,7 +148,7 @@ class Plan:
     @property
     def merged_bytes(self) -> int:
         """Disk for the exported model."""
-        return STORED_BYTES * sum(self.config.parameter_counts().values())
+        return state_bytes.STORED_BYTES * sum(self.config.parameter_counts().values())
 
     @property
     def operations(self) -> float:
@@ -167,18 +163,31 @@ class Plan:
 
     @property
     def recomputed(self) -> float:
-        """Operations per token of the forward passes that are done once more."""
-        once = recompute_operations(
-            self.config, self.recipe.train.sequence_tokens, adapter_parameters=self.active_adapters
+        """Operations per token of what is computed once more in the backward pass, and to count load ahead."""
+        return self._operations_of(self.recompute) + self.counts_ahead * self._operations_of(
+            (ALL,) * self.config.num_hidden_layers
         )
-        return once * (self.forward_passes - 1)
 
     @property
-    def forward_passes(self) -> int:
-        """Forward passes of each micro-batch: one, once more when recomputed, once more when load is counted ahead."""
+    def recomputed_share(self) -> float:
+        """Of the operations of a forward pass through the layers, how many are done again in the backward pass."""
+        return self._operations_of(self.recompute) / self._operations_of((ALL,) * self.config.num_hidden_layers)
+
+    def _operations_of(self, layers: tuple[Recompute, ...]) -> float:
+        tokens = self.recipe.train.sequence_tokens
+        return recompute_operations(self.config, tokens, adapter_parameters=self.active_adapters, layers=layers)
+
+    @property
+    def counts_ahead(self) -> bool:
+        """Whether each micro-batch passes forward once before the step, to count the load of the whole batch."""
         balance = self.recipe.router.balance
-        counts_ahead = balance.coefficient > 0 and balance.kind == "global" and self.accumulation > 1
-        return 1 + (self.recipe.train.recompute == "full") + counts_ahead
+        return balance.coefficient > 0 and balance.kind == "global" and self.accumulation > 1
+
+    @property
+    def exchanging_passes(self) -> float:
+        """Forward passes in which rows travel, of the mean MoE layer: one, and those of `recomputed`."""
+        again = sum(self.recompute[layer].experts for layer in self.config.moe_layers)
+        return 1 + again / max(1, len(self.config.moe_layers)) + self.counts_ahead
 
     @property
     def exchange(self) -> Exchange | None:
@@ -200,7 +209,7 @@ class Plan:
             expert_size=expert,
             ranks=self.machine.ranks,
             ranks_per_node=self.machine.ranks_per_node,
-            forward_passes=self.forward_passes,
+            forward_passes=self.exchanging_passes,
             links=links,
         )
 
@@ -209,7 +218,7 @@ class Plan:
         """Slowest and fastest that all ranks together may be expected to be; None where nothing was measured."""
         if not any(name in self.machine.device_name for name in ("H100", "H200")) or self.recipe.lora is None:
             return None
-        faster = SPEED_WITHOUT_RECOMPUTE if self.recipe.train.recompute == "none" else 1.0
+        faster = 1 + (SPEED_WITHOUT_RECOMPUTE - 1) * (1 - self.recomputed_share)
         peak = DENSE_PEAK * self.machine.ranks * faster / self.operations
         return SHARE_PLAIN * peak, SHARE_FUSED * peak
 
@@ -289,47 +298,31 @@ def _plan(config: ModelConfig, recipe: Recipe, machine: Machine) -> Plan:
         expert_adapters=expert_adapters,
         trained_dense=trained_dense,
         trained_experts=trained_experts,
+        recompute=recompute.asked_for(config, recipe.train.recompute) or (ALL,) * config.num_hidden_layers,
         memory={},
         suggestion=None,
     )
-    return replace(made, memory=state_bytes.on_rank(made, dense, experts) | _working_bytes(made))
+    state = state_bytes.on_rank(made, dense, experts)
+
+    def with_recompute(layers: tuple[Recompute, ...]) -> Plan:
+        changed = replace(made, recompute=layers)
+        return replace(changed, memory=state | working_bytes.on_rank(changed))
+
+    room = made.room_bytes
+    if "auto" in recipe.train.recompute and room is not None:
+
+        def fits(layers: tuple[Recompute, ...]) -> bool:
+            changed = with_recompute(layers)
+            return changed.rank_bytes + working_bytes.uneven_load(changed) <= room
+
+        return with_recompute(recompute.least(config, working_bytes.setting(made), fits))
+    return with_recompute(made.recompute)
 
 
 def weight_bytes(recipe: Recipe, machine: Machine) -> int:
     """Bytes of one weight: of the recipe's number format, or of what suits the machine."""
     auto = "float32" if machine.device_bytes is None else "bfloat16"
     return {"float32": 4, "bfloat16": 2}[auto if recipe.model.dtype == "auto" else recipe.model.dtype]
-
-
-def _working_bytes(made: Plan) -> dict[str, int]:
-    """What one micro-batch needs on one rank while it is differentiated."""
-    config, train, tokens = made.config, made.recipe.train, made.recipe.train.micro_batch_tokens
-    lora = made.recipe.lora
-    setting = activations.Setting(
-        weight_bytes=made.weight_bytes,
-        full_parameter=made.recipe.lora is None,
-        sequence_tokens=train.sequence_tokens,
-        packed=made.recipe.data.packing == "packed",
-        expert_adapter_rank=lora.rank if lora is not None and "experts" in lora.targets else 0,
-        router_losses=made.recipe.router.balance.coefficient > 0 or made.recipe.router.z_coefficient > 0,
-    )
-    layers = [activations.layer_tensors(config, layer, setting) for layer in range(config.num_hidden_layers)]
-    kept = sum(activations.kept_between_layers(config, layer, setting) for layer in range(len(layers)))
-    recomputed = train.recompute == "full"
-    saved = int(tokens * (max(map(sum, layers)) if recomputed else sum(map(sum, layers))))
-    transient = int(tokens * TRANSIENT_TENSORS * max(map(max, layers)))
-    # When layers are computed again, none is held while the head is differentiated: the two take turns.
-    logits = activations.loss_bytes(config, tokens, setting) - (saved + transient if recomputed else 0)
-    # A row leaves for its expert's rank and comes back, and so does its gradient; with even load as many arrive.
-    exchanged = 4 * config.num_experts_per_tok * config.hidden_size * made.weight_bytes
-    return {
-        "kept between layers": int(tokens * kept),
-        "saved in one layer" if recomputed else "saved in all layers": saved,
-        "gradients within a layer": transient,
-        "rows on their way between ranks": tokens * exchanged if made.recipe.parallel.expert > 1 else 0,
-        "logits and their gradient" + (", beyond a layer's" if recomputed else ""): max(0, logits),
-        "runtime": RUNTIME_HOST_BYTES if made.machine.device_bytes is None else RUNTIME_DEVICE_BYTES,
-    }
 
 
 def _target_sizes(config: ModelConfig) -> dict[str, int]:
@@ -349,12 +342,6 @@ def _target_sizes(config: ModelConfig) -> dict[str, int]:
         "shared_expert": moe * 3 * (hidden + config.shared_expert_intermediate_size),
         "experts": moe * config.num_experts * (2 * hidden + 3 * config.moe_intermediate_size),
     }
-
-
-def _largest_stored(config: ModelConfig) -> int:
-    """Bytes of the largest tensor of a released checkpoint, whose experts are stored one by one."""
-    largest = max(config.vocab_size, 2 * config.key_dim + 2 * config.value_dim, config.intermediate_size)
-    return STORED_BYTES * config.hidden_size * largest
 
 
 def _suggestion(made: Plan) -> str:
@@ -389,15 +376,16 @@ def _smaller(made: Plan) -> list[tuple[str, Recipe]]:
         nonlocal recipe
         recipe = _changed(recipe, section, **{key: value})
         changed[f"{section}.{key}"] = value
-        variants.append((" and ".join(f"{name}: {setting}" for name, setting in changed.items()), recipe))
+        words = (f"{name}: {' '.join(to) if isinstance(to, tuple) else to}" for name, to in changed.items())
+        variants.append((" and ".join(words), recipe))
 
     if recipe.parallel.zero_stage < 2:
         change("parallel", "zero_stage", 2)
     for expert in range(recipe.parallel.expert + 1, ranks + 1):
         if ranks % expert == 0 and made.config.num_experts % expert == 0:
             change("parallel", "expert", expert)
-    if recipe.train.recompute == "none":
-        change("train", "recompute", "full")
+    if not any(word in recipe.train.recompute for word in ("auto", "full")):
+        change("train", "recompute", ("full",))
     while recipe.packs_per_micro_batch % 2 == 0:
         change("train", "micro_batch_tokens", recipe.train.micro_batch_tokens // 2)
     return variants

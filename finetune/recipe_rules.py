@@ -52,6 +52,15 @@ def _offload_path_problem(recipe: "Recipe") -> str | None:
     return f"has no effect while parallel.offload is {offload}" if path is not None and offload != "nvme" else None
 
 
+def _recompute_problem(recipe: "Recipe") -> str | None:
+    words = recipe.train.recompute
+    alone = [word for word in words if word in ("auto", "full", "none")]
+    if alone and len(words) > 1:
+        return f"{alone[0]} stands alone; a list holds deltanet, attention and experts"
+    twice = [word for word in words if words.count(word) > 1]
+    return f"{twice[0]} is there twice" if twice else None
+
+
 def _warmup_problem(recipe: "Recipe") -> str | None:
     warmup, steps = recipe.optim.warmup_steps, recipe.train.steps
     return f"{warmup} is more than train.steps, which is {steps}" if warmup > steps else None
@@ -116,6 +125,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
     ),
     (("parallel.expert", "parallel.ranks"), _expert_problem),
     (("parallel.zero_stage",), _stage_problem),
+    (("train.recompute",), _recompute_problem),
     (("parallel.offload", "parallel.zero_stage"), _offload_problem),
     (("parallel.offload_path", "parallel.offload"), _offload_path_problem),
     (("optim.warmup_steps", "train.steps"), _warmup_problem),

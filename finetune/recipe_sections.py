@@ -3,13 +3,23 @@
 `finetune/recipe.py` puts them together and reads a recipe file into them.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 MixerTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]
 Target = Literal[MixerTarget, "shared_expert", "experts"]
 MIXER_TARGETS: tuple[MixerTarget, ...] = get_args(MixerTarget)
+
+RecomputeWord = Literal["auto", "full", "none", "deltanet", "attention", "experts"]
+_WORD: dict[str, Any] = {"enum": list(get_args(RecomputeWord)), "type": "string"}
+# A list of words, which may be written as its only one.
+Recomputed = Annotated[
+    tuple[RecomputeWord, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    WithJsonSchema({"anyOf": [{"items": _WORD, "minItems": 1, "type": "array"}, _WORD]}),
+]
 
 Tokens = Annotated[int, Field(gt=0, json_schema_extra={"unit": "tokens"})]
 Steps = Annotated[int, Field(gt=0, json_schema_extra={"unit": "steps"})]
@@ -76,8 +86,10 @@ class Train(Section):
     """What one optimizer step is taken on: all ranks and micro-batches, padding included."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Fixes the order of the data, the adapters and every random draw."""
-    recompute: Literal["full", "none"] = "full"
-    """full: each layer is computed again in the backward pass and keeps almost nothing; none: faster, much memory."""
+    recompute: Recomputed = ("auto",)
+    """What is computed again in the backward pass instead of kept, in every layer that has it: full (everything, which
+    keeps almost nothing), none (fastest, much memory), or a list of deltanet, attention, experts; auto: as little as
+    the plan finds memory for."""
     eval_every_steps: StepsOrNever = 0
     """How often the held-out loss is measured; always before the first step and after the last, 0 is only then."""
     log_every_steps: Steps = 10

@@ -3,10 +3,12 @@
 from typing import TYPE_CHECKING
 
 from finetune.activations import FLOAT32
+from finetune.model.config import ModelConfig
 
 if TYPE_CHECKING:  # planner.py sums these up
     from finetune.planner import Plan
 
+STORED_BYTES = 2  # a released checkpoint is bfloat16
 REDUCE_BUCKET = 100_000_000  # elements; the constant of this name in `engine.py`, which cannot be read without torch
 
 
@@ -61,3 +63,9 @@ def _largest_trained(made: "Plan") -> int:
     on_linear = max(config.hidden_size, 2 * config.key_dim + 2 * config.value_dim)
     router = config.num_experts * config.hidden_size * made.recipe.router.train
     return max(lora.rank * max(on_experts, on_linear), router)
+
+
+def largest_stored(config: ModelConfig) -> int:
+    """Bytes of the largest tensor of a released checkpoint, whose experts are stored one by one."""
+    largest = max(config.vocab_size, 2 * config.key_dim + 2 * config.value_dim, config.intermediate_size)
+    return STORED_BYTES * config.hidden_size * largest

@@ -111,8 +111,9 @@ def _meaning(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     """What a schema says once references and `or null` are followed."""
     options = [option for option in part.get("anyOf", []) if option != {"type": "null"}]
     if options:
-        assert len(options) == 1, "a setting is one kind of thing, or null"
-        return {"nullable": True, **options[0], **_meaning(options[0], schema)}
+        one_word = options[1:] == [options[0].get("items")]
+        assert len(options) == 1 or one_word, "a setting is one kind of thing, or null, or a list or its only word"
+        return {**options[0], **_meaning(options[0], schema)}
     if "$ref" in part:
         section = schema["$defs"][part["$ref"].rpartition("/")[2]]
         return {"properties": section["properties"], "description": section["description"]}

@@ -22,6 +22,7 @@ RECIPE = (
 PLAN = (
     *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text", "finetune.state_bytes"),
     "finetune.exchange_plan",
+    *("finetune.recompute", "finetune.working_bytes"),
     *("finetune.recipe", "finetune.recipe_sections", "finetune.model.config"),
 )
 # A file whose path starts with the left side may import nothing whose name starts with a word on the right.
@@ -36,6 +37,8 @@ FORBIDDEN = {
     "finetune/yaml_tree.py": ("torch", "deepspeed", "transformers"),
     "finetune/planner.py": ("torch", "deepspeed"),
     "finetune/state_bytes.py": ("torch", "deepspeed"),
+    "finetune/working_bytes.py": ("torch", "deepspeed"),
+    "finetune/recompute.py": ("torch", "deepspeed"),
     "finetune/checkpoint/": ("deepspeed",),
     "finetune/engine.py": ("data", "monitoring"),
 }
@@ -51,9 +54,11 @@ ALLOWED = {
     "finetune/plan_text.py": PLAN,
     "finetune/exchange_plan.py": (),
     "finetune/state_bytes.py": PLAN,
+    "finetune/working_bytes.py": PLAN,
+    "finetune/recompute.py": PLAN,
     "finetune/model/": ("finetune.model",),
     "finetune/kernels/": ("finetune.model", "finetune.kernels"),
-    "finetune/checkpoint/": ("finetune.model", "finetune.checkpoint", "monitoring.files"),
+    "finetune/checkpoint/": ("finetune.model", "finetune.checkpoint", "monitoring.files", "monitoring.metrics"),
     "finetune/parallel/": ("finetune.model", "finetune.parallel"),
     "data/": ("data",),
     "monitoring/": ("monitoring",),

@@ -21,6 +21,7 @@ from finetune.parallel.experts import attach
 from finetune.plan_text import render
 from finetune.planner import GIB, Machine, plan
 from finetune.recipe import Recipe, RecipeError
+from finetune.recompute import asked_for
 from finetune.step import optimize
 from tests.configs import randomise, tiny_config
 from tests.ranks import ranks
@@ -56,6 +57,8 @@ class Case(NamedTuple):
 CASES = {
     "full-parameter": Case(router={"train": True}),
     "adapters-recomputed": Case("full", lora={"rank": 4}),
+    "experts-recomputed": Case("experts"),
+    "mixers-recomputed": Case("attention", lora={"rank": 4}),
     "three-micro-batches": Case("full", 3, lora={"rank": 4}),
     "load-counted-ahead": Case("full", 2, router={"train": True, "balance": BALANCE}),
     "load-counted-ahead-not-recomputed": Case("none", 2, router={"train": True, "balance": BALANCE}),
@@ -79,7 +82,7 @@ def count(rank: int, recipe: Recipe, accumulation: int) -> tuple[int, int]:
             parameter.requires_grad_(recipe.router.train)
     assert world.expert_group is not None
     attach(model, world.expert_group)
-    model.recompute = recipe.train.recompute == "full"
+    model.recompute = asked_for(CONFIG, recipe.train.recompute) or ()
     model.train()
     engine = engines.start(model, recipe, world, accumulation=accumulation)
     ids = torch.randint(0, CONFIG.vocab_size, (2, SEQUENCE), generator=torch.Generator().manual_seed(rank))
@@ -160,7 +163,7 @@ REFERENCE = ModelConfig.from_dict({"model_type": "qwen3_next"})
 
 
 def test_the_plan_says_it_in_words() -> None:
-    recipe = code("parallel.ranks=16", "parallel.expert=16")
+    recipe = code("parallel.ranks=16", "parallel.expert=16", "train.recompute=full")
     text = render(plan(REFERENCE, recipe, replace(H100S, links=Links(network_gbit=3200))))
     assert "exchange of rows between experts, in 2 forward passes and the backward pass: a rank sends 840." in text
     assert " MiB within its machine and 960." in text

@@ -118,8 +118,12 @@ def undisturbed(here: Place) -> dict[str, Tensor]:
     return tensors_of(here.run_folder("undisturbed"))
 
 
-def kill_at(here: Place, name: str, moment: str, rank: int, delay: float) -> None:
-    """Start or go on with the run and kill one rank with SIGKILL; nothing that was saved is lost."""
+def kill_at(here: Place, name: str, moment: str, rank: int, delay: float, *, early: bool) -> None:
+    """Start or go on with the run and kill one rank with SIGKILL; nothing that was saved is lost.
+
+    Args:
+        early: before anything may have been saved.
+    """
     folder = here.run_folder(name)
     before, _ = newest_checkpoint(folder / "checkpoints")
     begun = starts(folder)
@@ -127,6 +131,8 @@ def kill_at(here: Place, name: str, moment: str, rank: int, delay: float) -> Non
     try:
         first = int(before.name[5:]) if before else 0
         until(process, lambda: starts(folder) > begun and step_now(folder) >= first + 1)
+        if not early:
+            until(process, lambda: bool(records(folder, "checkpoint")))
         if moment != "step":
             until(process, lambda: is_saving(folder) if moment == "save" else is_between_files(folder))
         time.sleep(delay)
@@ -152,8 +158,8 @@ def test_a_run_whose_ranks_are_killed_again_and_again_ends_as_if_nothing_had_hap
     number: int, here: Place, undisturbed: dict[str, Tensor]
 ) -> None:
     name = f"killed-{number}-times"
-    for moment, rank, delay in kills(number, seed=number):
-        kill_at(here, name, moment, rank, delay)
+    for turn, (moment, rank, delay) in enumerate(kills(number, seed=number)):
+        kill_at(here, name, moment, rank, delay, early=turn == 0)
     code, out, err = run_to_end(here, name)
     assert code == 0, out + err
     assert "continuing after step" in out
@@ -220,8 +226,8 @@ def test_a_loss_that_is_not_a_number_stops_with_its_batch_or_is_skipped_and_chan
         "checkpoint__every_steps": 1,
         "checkpoint__keep": 20,
     }
-    folder = here.run_folder("nan")
-    code, out, err = run_to_end(here, "nan", **changes)
+    folder = here.run_folder("poisoned")
+    code, out, err = run_to_end(here, "poisoned", **changes)
     assert code == 2, out + err
     found = re.search(r"nextune: step (\d+): the loss or the gradient is not finite: (.*)", err)
     assert found is not None, err
@@ -240,7 +246,7 @@ def test_a_loss_that_is_not_a_number_stops_with_its_batch_or_is_skipped_and_chan
     poison = load_file(base / "model.safetensors")["model.embed_tokens.weight"].isnan().any(1).nonzero()
     assert torch.equal((batch["input_ids"] == poison).any(-1), ~batch["loss_sums"].isfinite())
 
-    code, out, err = run_to_end(here, "nan", **changes, train__on_nan="skip")
+    code, out, err = run_to_end(here, "poisoned", **changes, train__on_nan="skip")
     assert code == 0, out + err
     skipped = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("rule") == "not_finite"]
     assert step in [line["step"] for line in skipped]
@@ -257,8 +263,9 @@ def test_a_loss_that_is_not_a_number_stops_with_its_batch_or_is_skipped_and_chan
 def test_a_damaged_newest_checkpoint_is_passed_over_and_all_damaged_are_refused(
     here: Place, undisturbed: dict[str, Tensor]
 ) -> None:
-    shutil.copytree(here.run_folder("undisturbed"), here.run_folder("damaged"))
-    folder = here.run_folder("damaged")
+    runs = here.folder / "damaged"
+    folder = runs / "undisturbed"
+    shutil.copytree(here.run_folder("undisturbed"), folder)
     (folder / "finished.json").unlink()
 
     def flip(step: int) -> None:
@@ -268,7 +275,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_all_damaged_are_refused(
         path.write_bytes(content)
 
     flip(STEPS)
-    code, out, err = run_to_end(here, "damaged")
+    code, out, err = run_to_end(here, "undisturbed", output__dir=runs)
     assert code == 0, out + err
     assert re.search(rf"step-{STEPS}: passed over, part-00000\.safetensors was changed after .*its sha256 is", out)
     assert f"continuing after step {STEPS - 2} from" in out
@@ -276,6 +283,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_all_damaged_are_refused(
     (folder / "finished.json").unlink()
     for path in (folder / "checkpoints").glob("step-*"):
         flip(int(path.name[5:]))
-    code, out, err = run_to_end(here, "damaged")
+    code, out, err = run_to_end(here, "undisturbed", output__dir=runs)
     assert code == 2
     assert "none of its checkpoints is whole" in err

@@ -48,6 +48,12 @@ esac
 """
 
 
+def heed_signals() -> None:
+    """As in a terminal; tests that run in the background inherit that these are ignored, and bash cannot undo it."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Checkout:
     """A copy of launch.sh in a folder of its own, with the stand-in as its python3.11."""
 
@@ -79,6 +85,7 @@ class Checkout:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=heed_signals,
         )
 
     def launch(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":

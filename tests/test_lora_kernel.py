@@ -40,8 +40,9 @@ def inputs(*shape: int, outputs: int, rank: int, dtype: torch.dtype = torch.floa
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (63, 20), (2, 65, 33)], ids=str)
 @pytest.mark.parametrize(("outputs", "rank"), [(1, 1), (24, 3), (7, 16)])
 def test_output_and_gradients(shape: tuple[int, ...], outputs: int, rank: int) -> None:
+    # A sum over 130 rows of terms of up to 8 in other orders: 1e3 times the rounding of float32.
     assert_equal_forms(
-        adapted_linear, peft_layer, inputs(*shape, outputs=outputs, rank=rank), rtol=1e-5, atol=2e-5
+        adapted_linear, peft_layer, inputs(*shape, outputs=outputs, rank=rank), rtol=1e-5, atol=1e-4
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM
 
-from finetune.model.config import ModelConfig
+from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
 from finetune.model.head import token_loss_sum
 from finetune.model.model import HybridMoEForCausalLM, initialise
 from tests.configs import CONFIGS, randomise, tiny_config
@@ -139,19 +139,22 @@ def test_recompute_gives_identical_gradients(values: dict[str, Any]) -> None:
     model = random_model(values)
     ids = torch.randint(values["vocab_size"], (2, 70))
     segments = torch.tensor([[0] * 30 + [1] * 40, [0] * 1 + [1] * 50 + [-1] * 19])
-    runs = []  # of the first block, each forward pass
-    model.model.layers[0].register_forward_pre_hook(lambda *_: runs.append(model.recompute))
+    runs = []  # of the halves of the first block, each forward pass
+    first = model.model.layers[0]
+    for name, half in (("mixer", first.input_layernorm), ("experts", first.mlp)):
+        half.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
     found = []
-    for recompute in (False, True):
+    for again in (NOTHING, ALL, Recompute(True, False), Recompute(False, True)):
         model.zero_grad()
-        model.recompute = recompute
+        model.recompute = [again, *model.recompute[1:]]
         out = model(ids, segments, labels=ids.masked_fill(segments == -1, -100))
         z_loss = sum(routing.logits.logsumexp(-1).square().sum() for routing in out.routings.values())
         (out.loss_sum + z_loss).backward()
         found.append(gradients(model))
-    assert runs == [False, True, True]  # once more in the backward pass
+    once = ["mixer", "experts"]  # and what the backward pass does once more
+    assert runs == [*once, *once, *once, *once, "mixer", *once, "experts"]
     for name, expected in found[0].items():
-        assert torch.equal(found[1][name], expected), name
+        assert all(torch.equal(other[name], expected) for other in found[1:]), name
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 100])

@@ -18,7 +18,7 @@ from finetune import engine as engines
 from finetune.balance import count_rows, router_loss
 from finetune.kernels.experts import experts_grouped
 from finetune.lora import inject
-from finetune.model.config import ModelConfig
+from finetune.model.config import ModelConfig, Recompute
 from finetune.model.model import PADDING, HybridMoEForCausalLM
 from finetune.model.moe import Experts, MoE
 from finetune.optim import learning_rate, parameter_groups
@@ -33,6 +33,7 @@ from tests.ranks import ranks
 
 PACKS, TOKENS, STEPS = 12, 24, 3
 CONFIG = ModelConfig.from_dict(tiny_config())
+MIXED = [Recompute(layer % 2 == 0, layer % 3 > 0) for layer in range(CONFIG.num_hidden_layers)]
 TARGETS = {"lora": MIXER_TARGETS, "expert-lora": ("q_proj", "in_proj_qkvz", "experts")}
 
 
@@ -42,7 +43,7 @@ class Layout:
     expert: int = 1
     accumulation: int = 1
     stage: int = 2
-    recompute: bool = False
+    recompute: bool | str = False  # "mixed": other halves in other layers
     kind: str = "global"
     train: str = "all"  # or "lora", "expert-lora", or "mixers": experts and embeddings frozen, without adapters
     offload: str = "none"
@@ -62,7 +63,7 @@ FEW = [
     Layout(ranks=2, expert=2, stage=0, silent=True),
     Layout(ranks=2, expert=2, stage=0, idle=True, train="expert-lora"),
     Layout(ranks=2, expert=2, stage=2, accumulation=3, recompute=True, idle=True, silent=True),
-    Layout(ranks=2, expert=2, stage=1, train="lora", accumulation=3),
+    Layout(ranks=2, expert=2, stage=1, train="lora", accumulation=3, recompute="mixed"),
     Layout(ranks=2, expert=2, stage=2, train="mixers"),
     Layout(ranks=2, expert=2, kind="sequence", accumulation=2),
     Layout(ranks=2, expert=2, stage=1, offload="cpu", accumulation=3),
@@ -153,7 +154,7 @@ def model_of(experts: range, layout: Layout) -> HybridMoEForCausalLM:
     for module in model.modules():
         if isinstance(module, Experts):
             module.compute = experts_grouped
-    model.recompute = layout.recompute
+    model.recompute = MIXED if layout.recompute == "mixed" else bool(layout.recompute)
     if layout.train in TARGETS:
         inject(model, rank=3, alpha=6.0, dropout=0.0, targets=TARGETS[layout.train], seed=0)
     for name, parameter in model.named_parameters():

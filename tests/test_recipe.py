@@ -355,6 +355,7 @@ OTHER_VALUES = {
     "train.micro_batch_tokens": "8192",
     "train.sequence_tokens": "1024",
     "parallel.expert": "2",
+    "train.recompute": "experts",
 }
 
 

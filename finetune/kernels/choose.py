@@ -72,7 +72,8 @@ class Kernels:
     whole: LocalCompute | None = None  # experts between sort and sum, where one device holds all of them
     layers: Layers = field(default_factory=Layers)
     mixers: Mixers = field(default_factory=Mixers)
-    said: list[str] = field(default_factory=list)  # what was chosen and why, a sentence each
+    names: dict[str, str] = field(default_factory=dict)  # what was chosen, in the recipe's words
+    said: list[str] = field(default_factory=list)  # and why, a sentence each
 
 
 def choose(*, experts: str, layers: str, mixers: str, place: Place) -> Kernels:
@@ -86,9 +87,9 @@ def choose(*, experts: str, layers: str, mixers: str, place: Place) -> Kernels:
         KernelError: a form was asked for by name and does not run here, or disagrees with its definition.
     """
     kernels = Kernels()
-    _choose_experts(experts, place, kernels)
-    kernels.layers = _fused_or_plain("layers", layers, Layers(), _fused_layers, place, kernels.said)
-    kernels.mixers = _fused_or_plain("mixers", mixers, Mixers(), _fused_mixers, place, kernels.said)
+    kernels.names["experts"] = _choose_experts(experts, place, kernels)
+    kernels.layers = _fused_or_plain("layers", layers, Layers(), _fused_layers, place, kernels)
+    kernels.mixers = _fused_or_plain("mixers", mixers, Mixers(), _fused_mixers, place, kernels)
     return kernels
 
 
@@ -119,11 +120,11 @@ def install(model: HybridMoEForCausalLM, kernels: Kernels) -> None:
             module.attend_packed = mixers.attend_packed
 
 
-def _choose_experts(kind: str, place: Place, kernels: Kernels) -> None:
+def _choose_experts(kind: str, place: Place, kernels: Kernels) -> str:
     """Fused kernels on a GPU; elsewhere torch's grouped product; the loop only where nothing else runs."""
     if kind == "loop":
         kernels.said.append("experts: loop (the definition), as the recipe asks")
-        return
+        return kind
     faults = []
     if kind == "fused" or (kind == "auto" and place.device.type == "cuda"):
         try:
@@ -132,7 +133,7 @@ def _choose_experts(kind: str, place: Place, kernels: Kernels) -> None:
             error = max(trial.experts(experts_fused, place), trial.whole(moe_fused, place))
             kernels.experts, kernels.whole = experts_fused, moe_fused
             kernels.said.append(f"experts: fused kernels, {place}, {_within(error)}")
-            return
+            return "fused"
         except FAULTS as fault:
             faults.append(f"the fused kernels do not serve here: {_words(fault)}")
     if kind in ("auto", "grouped"):
@@ -141,7 +142,7 @@ def _choose_experts(kind: str, place: Place, kernels: Kernels) -> None:
             kernels.experts = experts_grouped
             slower = f" SLOWER than on other GPUs, {faults[0]};" if faults else ""
             kernels.said.append(f"experts:{slower} grouped matrix product, {place}, {_within(error)}")
-            return
+            return "grouped"
         except FAULTS as fault:
             faults.append(f"the grouped product does not serve here: {_words(fault)}")
     if kind != "auto":
@@ -151,12 +152,14 @@ def _choose_experts(kind: str, place: Place, kernels: Kernels) -> None:
             " use 'auto' or 'loop'"
         )
     kernels.said.append(f"experts: SLOW loop over experts; {'; '.join(faults)}")
+    return "loop"
 
 
 def _fused_or_plain(
-    name: str, kind: str, plain: Forms, fused: Callable[[Place], tuple[Forms, float]], place: Place, said: list[str]
+    name: str, kind: str, plain: Forms, fused: Callable[[Place], tuple[Forms, float]], place: Place, kernels: Kernels
 ) -> Forms:
     """Triton on a GPU, plain torch elsewhere, unless the recipe says otherwise."""
+    said, kernels.names[name] = kernels.said, "plain"
     if kind == "plain" or (kind == "auto" and place.device.type != "cuda"):
         said.append(f"{name}: plain torch (the definitions), {'as the recipe asks' if kind == 'plain' else place}")
         return plain
@@ -170,6 +173,7 @@ def _fused_or_plain(
         said.append(f"{name}: SLOW plain torch; the fused kernels do not serve here: {_words(fault)}")
         return plain
     said.append(f"{name}: fused kernels, {place}, {_within(error)}")
+    kernels.names[name] = "fused"
     return forms
 
 

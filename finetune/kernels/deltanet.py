@@ -195,9 +195,8 @@ def _prepare_backward_kernel(
 
     A token's gradient is complete when the walk arrives at it: what later tokens owe it has been carried along.
     """
-    slot = tl.program_id(0)
+    slot, at = tl.program_id(0), tl.arange(0, BLOCK)
     start = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)) * STEPS
-    at = tl.arange(0, BLOCK)
     column, channel, dim = _place(slot, KEY_HEADS, GROUP, KEY, VALUE)
     inside = at < dim
     stride: tl.constexpr = KEY_HEADS * (2 * KEY + 2 * GROUP * VALUE)

@@ -55,7 +55,7 @@ class _LossSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        d_x, d_weight = (None if d is None else d * gradient.to(d.dtype) for d in ctx.saved_tensors)
+        d_x, d_weight = (None if d is None else d * gradient for d in ctx.saved_tensors)  # a number does not widen d
         return d_x, d_weight, None
 
 

@@ -9,10 +9,20 @@ Source: `Qwen3NextConfig`, transformers 5.23.
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Mixer = Literal["linear_attention", "full_attention"]
 _SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,)}
+
+
+class Recompute(NamedTuple):
+    """Which halves of a layer are computed again in its backward pass, where they would keep much memory."""
+
+    mixer: bool  # norm, DeltaNet or attention, residual sum and its norm
+    experts: bool  # router, experts and shared expert, or a dense MLP
+
+
+NOTHING, ALL = Recompute(False, False), Recompute(True, True)
 
 
 class ConfigError(ValueError):

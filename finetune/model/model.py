@@ -8,7 +8,8 @@ Source: `Qwen3NextForCausalLM`, transformers 5.23.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from finetune.model.attention import (
     document_mask,
     has_several_documents,
 )
-from finetune.model.config import ModelConfig
+from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
 from finetune.model.deltanet import DECAY_RATES, GatedDeltaNet
 from finetune.model.head import token_loss_sum
 from finetune.model.layers import MLP, RMSNorm, positions_in_segments, residual_norm, rotary_table
@@ -53,7 +54,10 @@ class Layout(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + mixer(norm x), then x + experts(norm x); `add_and_norm` is the definition or a kernel equal to it."""
+    """x + mixer(norm x), then x + experts(norm x); `add_and_norm` is the definition or a kernel equal to it.
+
+    Either half may be computed again in the backward pass instead of keeping what it would need there.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, local_experts: int):
         super().__init__()
@@ -65,6 +69,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.add_and_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = residual_norm
         self.is_linear = config.layer_types[layer] == "linear_attention"
+        self.recompute = NOTHING
         self.mlp = (
             MoE(config, local_experts) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
         )
@@ -72,20 +77,38 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch time hidden"], layout: Layout
     ) -> tuple[Float[Tensor, "batch time hidden"], Routing | None]:
+        again = self.recompute if torch.is_grad_enabled() else NOTHING
+        if all(again):  # at once, so that nothing but the layer's input is kept
+            return checkpoint(self._halves, x, layout, NOTHING, use_reentrant=False)
+        return self._halves(x, layout, again)
+
+    def _halves(self, x: Tensor, layout: Layout, again: Recompute) -> tuple[Tensor, Routing | None]:
+        recomputed = partial(checkpoint, use_reentrant=False)
+        x, normed = recomputed(self._mix, x, layout) if again.mixer else self._mix(x, layout)
+        out, routing = recomputed(self._feed, normed, layout) if again.experts else self._feed(normed, layout)
+        if layout.tokens is None or routing is None:
+            return x + out, routing
+        return x.flatten(0, 1).index_add(0, layout.tokens, out).view_as(x), routing
+
+    def _mix(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """x + mixer(norm x), and its norm."""
         normed = self.input_layernorm(x)
         if self.is_linear:
             mixed = self.linear_attn(normed, layout.segment_ids)
         else:
             mixed = self.self_attn(normed, layout.cos, layout.sin, layout.isolation)
         norm = self.post_attention_layernorm
-        x, normed = self.add_and_norm(x, mixed, norm.weight, norm.eps)
+        return self.add_and_norm(x, mixed, norm.weight, norm.eps)
+
+    def _feed(self, normed: Tensor, layout: Layout) -> tuple[Tensor, Routing | None]:
+        """What an MLP adds to every position, or the experts to every position that holds a token."""
         if isinstance(self.mlp, MLP):
-            return x + self.mlp(normed), None
+            return self.mlp(normed), None
         if layout.tokens is None:
             out, routing = self.mlp(normed.flatten(0, 1))
-            return x + out.view_as(x), routing
+            return out.view_as(normed), routing
         out, routing = self.mlp(normed.flatten(0, 1)[layout.tokens])
-        return x.flatten(0, 1).index_add(0, layout.tokens, out).view_as(x), routing
+        return out, routing
 
 
 class Decoder(nn.Module):
@@ -96,6 +119,10 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, local_experts) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for block in self.layers if isinstance(block, Block)]
 
 
 class HybridMoEForCausalLM(nn.Module):
@@ -109,7 +136,6 @@ class HybridMoEForCausalLM(nn.Module):
         super().__init__()
         self.settings = config  # not `config`: peft would take the model for one of transformers' own
         self.local_experts = experts if experts is not None else range(config.num_experts)
-        self.recompute = False
         self.keep_router_logits = True  # what the router losses read
         self.loss = token_loss_sum  # the definition, or a kernel equal to it
         self.isolate: Isolate = document_mask  # or what the kernel in `GatedAttention.attend_packed` takes
@@ -138,6 +164,18 @@ class HybridMoEForCausalLM(nn.Module):
         loss_sum, token_count = self.loss(x, self.lm_head.weight, labels)
         return Output(None, loss_sum, token_count, routings)
 
+    @property
+    def recompute(self) -> tuple[Recompute, ...]:
+        """What every layer computes again in the backward pass; True stands for all of it, False for nothing."""
+        return tuple(block.recompute for block in self.model.blocks)
+
+    @recompute.setter
+    def recompute(self, layers: Sequence[Recompute] | bool) -> None:
+        if isinstance(layers, bool):
+            layers = [ALL if layers else NOTHING] * len(self.model.layers)
+        for block, again in zip(self.model.blocks, layers, strict=True):
+            block.recompute = again
+
     def cast(self, dtype: torch.dtype) -> None:
         """Give the weights this number format, in place; see `parameter_dtype`."""
         for name, parameter in self.named_parameters():
@@ -159,10 +197,7 @@ class HybridMoEForCausalLM(nn.Module):
         layout = self._layout(x, segment_ids, position_ids)
         routings = {}
         for layer, block in enumerate(self.model.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x, routing = checkpoint(block, x, layout, use_reentrant=False)
-            else:
-                x, routing = block(x, layout)
+            x, routing = block(x, layout)
             if routing is not None:
                 routings[layer] = routing if self.keep_router_logits else routing._replace(logits=None)
         return self.model.norm(x), routings

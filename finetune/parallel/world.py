@@ -69,6 +69,16 @@ class World:
         dist.all_gather_object(everyone, value)
         return everyone
 
+    def free_memory(self) -> int:
+        """Bytes that the fullest rank can still take: of its GPU, or its share of the host's memory. Communicates."""
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        everyone = torch.tensor(free, device=self.device)
+        dist.all_reduce(everyone, dist.ReduceOp.MIN)
+        return int(everyone)
+
     @contextmanager
     def together(self, *errors: type[ValueError]) -> Iterator[None]:
         """Turn a user's mistake that any rank finds inside the block into the same error on every rank.

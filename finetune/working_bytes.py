@@ -1,0 +1,74 @@
+"""Memory of one rank while it differentiates a micro-batch, beside weights and optimizer state. Imports no torch."""
+
+from typing import TYPE_CHECKING
+
+from finetune import activations
+from finetune.activations import Setting
+
+if TYPE_CHECKING:  # planner.py sums these up
+    from finetune.planner import Plan
+
+GIB = 2**30
+# Held by CUDA, NCCL and libraries on a GPU, by Python with its libraries on the host, for each rank.
+RUNTIME_DEVICE_BYTES = 3 * GIB // 2
+RUNTIME_HOST_BYTES = GIB
+UNEVEN_LOAD = 0.5  # what a rank's experts may receive beyond the mean, for `train.recompute: auto` to leave room
+
+
+def setting(made: "Plan") -> Setting:
+    """What the saved tensors of this run depend on."""
+    recipe, lora, kernels = made.recipe, made.recipe.lora, made.recipe.kernels
+    on_gpu = made.machine.device_bytes is not None
+    fused_experts, fused_layers, fused_mixers = (
+        kind == "fused" or (kind == "auto" and on_gpu) for kind in (kernels.experts, kernels.layers, kernels.mixers)
+    )
+    flash = fused_mixers and on_gpu and made.weight_bytes == 2  # it keeps documents apart without a mask
+    return Setting(
+        weight_bytes=made.weight_bytes,
+        full_parameter=lora is None,
+        sequence_tokens=recipe.train.sequence_tokens,
+        masked=recipe.data.packing == "packed" and not flash,
+        expert_adapter_rank=lora.rank if lora is not None and "experts" in lora.targets else 0,
+        router_losses=recipe.router.balance.coefficient > 0 or recipe.router.z_coefficient > 0,
+        exchanged=recipe.parallel.expert > 1,
+        fused_experts=fused_experts,
+        fused_layers=fused_layers,
+        fused_mixers=fused_mixers,
+    )
+
+
+def on_rank(made: "Plan") -> dict[str, int]:
+    """What one micro-batch needs, by component. Layers that compute halves again take turns in holding them."""
+    config, how, tokens = made.config, setting(made), made.recipe.train.micro_batch_tokens
+    between = held = turn = gradients = 0.0
+    for size, again in zip(activations.sizes(config, how), made.recompute, strict=True):
+        between += size.between
+        held += size.mixer * (not again.mixer) + size.experts * (not again.experts)
+        if again.experts and not again.mixer:  # the experts' input, to begin with
+            held += config.hidden_size * how.weight_bytes
+        turn = max(turn, size.mixer * again.mixer + size.experts * again.experts)
+        gradients = max(gradients, size.gradients)
+    turn_bytes, gradient_bytes = int(tokens * turn), int(tokens * gradients)
+    # While the head is differentiated no layer holds what it computes again: the two take turns.
+    logits = max(0, activations.loss_bytes(config, tokens, how) - turn_bytes - gradient_bytes)
+    # A row leaves for its expert's rank and comes back, and so does its gradient; with even load as many arrive.
+    exchanged = 4 * config.num_experts_per_tok * config.hidden_size * made.weight_bytes if how.exchanged else 0
+    return {
+        "kept between layers": int(tokens * between),
+        "saved in all layers": int(tokens * held),
+        "saved in one layer, computed again": turn_bytes,
+        "gradients within a layer": gradient_bytes,
+        "rows on their way between ranks": tokens * exchanged,
+        "logits and their gradient, beyond a layer's": logits,
+        "runtime": RUNTIME_HOST_BYTES if made.machine.device_bytes is None else RUNTIME_DEVICE_BYTES,
+    }
+
+
+def uneven_load(made: "Plan") -> int:
+    """Bytes that the fullest rank may need beyond the plan because its experts receive more rows than the mean."""
+    config, how = made.config, setting(made)
+    if not how.exchanged:
+        return 0  # every rank holds all experts, and its rows are those of its own tokens
+    sizes = [size.experts for size in activations.sizes(config, how)]
+    held = sum(size for size, again in zip(sizes, made.recompute, strict=True) if not again.experts)
+    return int(UNEVEN_LOAD * made.recipe.train.micro_batch_tokens * (held + max(sizes)))
