@@ -1,0 +1,143 @@
+"""What `train.recompute: auto` chooses for memory of several sizes, what the plan says that takes, and what it takes.
+
+One GPU stands for smaller ones: the allocator is given a part of its memory, and a step that needs more fails. Real
+widths, fewer layers; packed documents of random lengths; adapters of rank 16; two optimizer steps, the second measured.
+
+    python -m benchmarks.step_memory --out benchmarks/results/step_memory_h100.json
+"""
+
+import argparse
+import datetime
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.lora_models import ALPHA, FULL, RANK, TARGETS, fill
+from benchmarks.lora_worker import Updater, tokens
+from benchmarks.measure import write_results
+from finetune.kernels.choose import choose, install
+from finetune.kernels.trial import Place
+from finetune.lora import inject
+from finetune.model.config import ModelConfig
+from finetune.model.model import HybridMoEForCausalLM
+from finetune.planner import FREE_FRACTION, GIB, Machine, plan
+from finetune.recipe import CHECKOUT, load_recipe
+from finetune.recompute import described
+from finetune.working_bytes import RUNTIME_DEVICE_BYTES
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of so many layers, a micro-batch, and the memory that there is."""
+
+    layers: int
+    batch: int
+    time: int
+    gib: float
+
+
+CASES = (
+    Case(16, 1, 8192, 64),
+    Case(16, 4, 4096, 72),
+    Case(8, 4, 4096, 79),
+    Case(8, 4, 4096, 40),
+    Case(8, 1, 16384, 36),
+    Case(8, 8, 4096, 48),
+    Case(8, 1, 32768, 56),
+    Case(8, 2, 2048, 34),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    config = ModelConfig.from_dict({**FULL, "num_hidden_layers": max(case.layers for case in CASES)})
+    device = torch.device("cuda")
+    with device:
+        torch.set_default_dtype(torch.bfloat16)
+        model = HybridMoEForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    install(model, choose(experts="auto", layers="auto", mixers="auto", place=Place(config, device, torch.bfloat16)))
+    model.keep_router_logits = False
+    inject(model, rank=RANK, alpha=ALPHA, dropout=0.0, targets=TARGETS, seed=0)
+    model.train()
+    rows = []
+    for case in CASES:
+        row = measure(model, case, device)
+        rows.append(row)
+        print(
+            f"{case.layers:3} layers {case.batch}x{case.time:<6} in {case.gib:.0f} GiB: again {row['recompute']};"
+            f" plan {row['planned_gib']:.1f}, took {row['took_gib']:.1f} GiB, {row['milliseconds']:.0f} ms",
+            flush=True,
+        )
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    write_results(options.out, {"date": date, "rows": rows})
+    short = [row for row in rows if row["took_gib"] > row["gib"]]
+    for row in short:
+        print(f"OUT OF MEMORY: {row}")
+    return 1 if short else 0
+
+
+def measure(model: HybridMoEForCausalLM, case: Case, device: torch.device) -> dict[str, Any]:
+    """Two steps with what auto chooses; memory counts what CUDA and the kernels take beside the allocator."""
+    del model.model.layers[case.layers :]
+    config = replace(
+        model.settings, num_hidden_layers=case.layers, layer_types=model.settings.layer_types[: case.layers]
+    )
+    count = case.batch * case.time
+    sizes = (
+        f"train.sequence_tokens={case.time}",
+        f"train.micro_batch_tokens={count}",
+        f"train.global_batch_tokens={count}",
+    )
+    recipe = load_recipe(
+        CHECKOUT / "recipes" / "code.yaml", [*sizes, "parallel.ranks=1", "parallel.expert=1"], check_paths=False
+    )
+    limit = int(case.gib * GIB)
+    name = torch.cuda.get_device_name()
+    made = plan(config, recipe, Machine(ranks=1, ranks_per_node=1, device_name=name, device_bytes=limit))
+    assert made.fits, case
+    model.recompute = made.recompute
+    fill(model)
+    torch.cuda.empty_cache()
+    # Of the memory the allocator may have all but what CUDA and the kernels hold.
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - RUNTIME_DEVICE_BYTES) / total))
+    updater = Updater(model)
+    ids = tokens(case.batch, case.time, config.vocab_size).to(device)
+    generator = torch.Generator().manual_seed(0)
+    segments = (torch.rand(ids.shape, generator=generator) < 1 / 512).long().cumsum(1).to(device)
+    labels = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), dim=1)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        output = model(ids, segments, labels=labels)
+        assert output.loss_sum is not None
+        (output.loss_sum / output.token_count).backward()
+        del output
+        updater.step()
+        torch.cuda.synchronize()
+        milliseconds = 1000 * (time.perf_counter() - began)
+    free, all_bytes = torch.cuda.mem_get_info()
+    beside = all_bytes - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return {
+        "layers": case.layers,
+        "shape": f"{case.batch}x{case.time}",
+        "gib": case.gib,
+        "room_gib": round(case.gib * (1 - FREE_FRACTION), 2),
+        "recompute": described(config, made.recompute),
+        "planned_gib": round(made.rank_bytes / GIB, 2),
+        "took_gib": round((torch.cuda.max_memory_reserved() + beside) / GIB, 2),
+        "allocated_gib": round((torch.cuda.max_memory_allocated() + beside) / GIB, 2),
+        "milliseconds": round(milliseconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
