@@ -187,6 +187,7 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 row = {"name": name, "batch": batch, "time": time, "error": errors} | time_one(layer, batch, time)
                 rows.append(row)
+                write_results(options.out, {"rows": rows})  # a run that is cut off leaves what it has
                 print(
                     f"{name:32} {batch} x {time:5} forward {row['forward_ms']:6.2f} ms, with backward "
                     f"{row['both_ms']:6.2f} ± {row['spread_ms']:.2f} ms, {row['peak_gib']:.1f} GiB",
@@ -196,7 +197,6 @@ def main() -> None:
             if name == "nextune":
                 raise
             print(f"{name}: no further row, {type(error).__name__}: {error}", flush=True)
-    write_results(options.out, {"rows": rows})
 
 
 if __name__ == "__main__":

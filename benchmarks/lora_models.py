@@ -148,11 +148,11 @@ def _experts(kind: str) -> str:
         return "grouped_mm"
     if kind == "unsloth":
         # Its packages' own __init__ wants the rest of Unsloth, of which the experts use nothing.
-        _bare_package("unsloth_zoo")
-        _bare_package("unsloth_zoo.temporary_patches")
+        bare_package("unsloth_zoo")
+        bare_package("unsloth_zoo.temporary_patches")
         function = importlib.import_module("unsloth_zoo.temporary_patches.moe_utils").forward_moe_backend
     elif kind == "axolotl":
-        _bare_package("axolotl.integrations.kernels")
+        bare_package("axolotl.integrations.kernels")
         module = importlib.import_module("axolotl.integrations.kernels.libs.scattermoe_lora.experts")
         function = module.scattermoe_experts_forward
     elif kind == "experts":
@@ -167,7 +167,7 @@ def _experts(kind: str) -> str:
     return kind
 
 
-def _bare_package(name: str) -> None:
+def bare_package(name: str) -> None:
     """Make the parts of a package importable without running its `__init__`."""
     parent, _, last = name.rpartition(".")
     if parent:

@@ -42,7 +42,11 @@ def machine() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
+        # The same on another machine: paths of this one by their last part.
+        "command": " ".join(
+            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}"]
+            + [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+        ),
     }
 
 

@@ -142,8 +142,8 @@ def _assumptions(plan: Plan) -> list[str]:
     if plan.tokens_per_second is not None:
         sentences.append(
             f"time: {SHARE_PLAIN:.1%} to {SHARE_FUSED:.0%} of 798 TFLOP/s, measured on one H100 with adapters and"
-            " extrapolated from 8 layers to 48: the low end with the delta rule in plain torch, the high end with it"
-            " fused; the exchange between ranks was not in that measurement"
+            " extrapolated from 8 layers to 48, every layer computed again: the low end with the definitions, the high"
+            " end with fused kernels; the exchange between ranks was not in that measurement"
         )
     return sentences
 
