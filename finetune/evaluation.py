@@ -117,5 +117,7 @@ def compare_routing(base: ProbedRouting, now: ProbedRouting, world: World) -> Ro
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on this device."""
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    """The batch on this device. A GPU fetches it from pinned memory by itself; nothing waits for that here."""
+    if device.type == "cuda":
+        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch))
+    return Batch(*(tensor.to(device) for tensor in batch))
