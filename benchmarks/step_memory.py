@@ -9,7 +9,7 @@ widths, fewer layers; packed documents of random lengths; adapters of rank 16; t
 import argparse
 import datetime
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +67,25 @@ def main() -> int:
     model.train()
     rows = []
     for case in CASES:
-        row = measure(model, case, device)
+        try:
+            row = measure(model, case, device)
+        except torch.OutOfMemoryError as error:
+            row = {**asdict(case), "out_of_memory": str(error).splitlines()[0]}
         rows.append(row)
+        date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        write_results(options.out, {"date": date, "rows": rows})  # a run that is cut off leaves what it has
+        if "out_of_memory" in row:
+            print(f"{case}: {row['out_of_memory']}", flush=True)
+            continue
         print(
             f"{case.layers:3} layers {case.batch}x{case.time:<6} in {case.gib:.0f} GiB: again {row['recompute']};"
             f" plan {row['planned_gib']:.1f}, took {row['took_gib']:.1f} GiB, {row['milliseconds']:.0f} ms",
             flush=True,
         )
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    write_results(options.out, {"date": date, "rows": rows})
-    short = [row for row in rows if row["took_gib"] > row["gib"]]
-    for row in short:
-        print(f"OUT OF MEMORY: {row}")
-    return 1 if short else 0
+    wrong = [row for row in rows if "out_of_memory" in row or row["took_gib"] > row["room_gib"]]
+    for row in wrong:
+        print(f"MORE THAN THERE IS ROOM FOR: {row}")
+    return 1 if wrong else 0
 
 
 def measure(model: HybridMoEForCausalLM, case: Case, device: torch.device) -> dict[str, Any]:

@@ -33,6 +33,8 @@ class Setting:
     expert_adapter_rank: int = 0  # of adapters on the routed experts; 0: none
     router_losses: bool = False  # they read the logits of every layer
     exchanged: bool = False  # rows come from other ranks
+    dropped: tuple[str, ...] = ()  # adapter targets with dropout: each keeps its own input, and what was dropped
+    on_gpu: bool = False
     # Which computations are fused kernels; see `kernels` of a recipe.
     fused_experts: bool = False
     fused_layers: bool = False
@@ -69,16 +71,26 @@ def mixer_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[flo
     size = float(config.hidden_size * setting.weight_bytes)
     # The fused norms keep their input alone: that of the first is the layer's, which is kept anyway.
     norms = [size] if setting.fused_layers else 2 * _norm(config.hidden_size, setting)
-    is_linear = config.layer_types[layer] == "linear_attention"
-    return [*norms, size, *(_deltanet(config, setting) if is_linear else _attention(config, setting))]
+    if config.layer_types[layer] == "linear_attention":
+        inputs = {"in_proj_qkvz": config.hidden_size, "in_proj_ba": config.hidden_size, "out_proj": config.value_dim}
+        return [*norms, size, *_deltanet(config, setting), *_dropped(inputs, setting)]
+    inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj"), config.hidden_size)
+    inputs["o_proj"] = config.num_attention_heads * config.head_dim
+    return [*norms, size, *_attention(config, setting), *_dropped(inputs, setting)]
 
 
 def experts_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[float]:
     """The same of the half that holds the experts, or a dense MLP."""
     size = float(config.hidden_size * setting.weight_bytes)
     # Experts that gather while they load keep their input; those that gather before keep what was gathered.
-    inputs = [size] if setting.full_parameter or (config.is_moe(layer) and gathers(setting)) else []
-    return inputs + (_moe(config, setting) if config.is_moe(layer) else _mlp(config, setting))
+    fused = setting.fused_layers or gathers(setting)  # a fused router keeps it too, and it is the same
+    inputs = [size] if setting.full_parameter or (config.is_moe(layer) and fused) else []
+    shared = {"shared_expert": 2 * config.hidden_size + config.shared_expert_intermediate_size}
+    return [
+        *inputs,
+        *(_moe(config, setting) if config.is_moe(layer) else _mlp(config, setting)),
+        *(_dropped(shared, setting) if config.is_moe(layer) else []),
+    ]
 
 
 def gathers(setting: Setting) -> bool:
@@ -88,7 +100,7 @@ def gathers(setting: Setting) -> bool:
 
 def kept_between_layers(config: ModelConfig, layer: int, setting: Setting) -> float:
     """Bytes per token that a layer leaves even when it is computed again: its output, and what its router said."""
-    logits = FLOAT32 * config.num_experts if setting.router_losses else 0
+    logits = 2 * FLOAT32 * config.num_experts if setting.router_losses else 0  # they, and the losses' softmax
     routing = logits + config.num_experts_per_tok * (INT64 + setting.weight_bytes)
     return config.hidden_size * setting.weight_bytes + (routing if config.is_moe(layer) else 0)
 
@@ -118,10 +130,17 @@ def loss_bytes(config: ModelConfig, tokens: int, setting: Setting) -> int:
     """Bytes held while the loss of one chunk of `tokens` is differentiated."""
     if setting.fused_layers:
         logits = min(LOSS_CHUNK_BYTES, tokens * config.vocab_size * setting.weight_bytes)
-        master = FLOAT32 * config.vocab_size * config.hidden_size if setting.full_parameter else 0
-        return logits + master + 3 * tokens * config.hidden_size * setting.weight_bytes
+        # The weight's gradient: summed in float32, a chunk's, in the weight's dtype, and times what follows.
+        head = config.vocab_size * config.hidden_size * (FLOAT32 + 2 * setting.weight_bytes)
+        return logits + head * setting.full_parameter + 3 * tokens * config.hidden_size * setting.weight_bytes
     per_logit = LOGIT_COPIES_FLOAT32 * FLOAT32 + LOGIT_COPIES_WEIGHT * setting.weight_bytes
     return min(tokens, LOSS_CHUNK_TOKENS) * config.vocab_size * per_logit
+
+
+def _dropped(inputs: dict[str, int], setting: Setting) -> list[float]:
+    """What dropout keeps before the adapters of these targets: which numbers it dropped, and what is left of them."""
+    each = setting.weight_bytes + (1 if setting.on_gpu else setting.weight_bytes)
+    return [float(size * each) for target, size in inputs.items() if target in setting.dropped]
 
 
 def _norm(width: int, setting: Setting) -> list[float]:
@@ -167,12 +186,12 @@ def _moe(config: ModelConfig, setting: Setting) -> list[float]:
     more = 1 if setting.full_parameter else 0
     rank = setting.expert_adapter_rank
     if setting.fused_experts:
-        # Pre-activations; rows that were gathered for other ranks twice, as they arrive and as they come back.
+        # Pre-activations; rows that travel twice, as they arrive and as they have come back.
         rows = [top_k * 2 * width] + [top_k * hidden] * (0 if gathers(setting) else 2) + [top_k * rank]
     else:
         # The weights of the experts, and the factors that adapt them, both keep what they are multiplied with.
         by_row = more or bool(rank)
-        rows = [top_k * hidden] * (2 + by_row) + [top_k * 2 * width] + [top_k * width] * (1 + by_row)
+        rows = [top_k * hidden] * (1 + by_row) + [top_k * 2 * width] + [top_k * width] * (1 + by_row)
         rows += [top_k * rank] * 2
     alone = [hidden] + [shared] * (3 + more - setting.fused_layers)
     router = [FLOAT32 * config.num_experts, 3 * INT64 * top_k]

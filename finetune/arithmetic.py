@@ -47,12 +47,27 @@ def step_operations(
 
 
 def recompute_operations(
-    config: ModelConfig, sequence_tokens: int, *, adapter_parameters: int, layers: Sequence[Recompute]
+    config: ModelConfig,
+    sequence_tokens: int,
+    *,
+    adapter_parameters: int,
+    layers: Sequence[Recompute],
+    skips_down: bool = False,
 ) -> float:
-    """Operations per token of the halves of layers that are computed once more; adapters count by their share."""
+    """Operations per token of the halves of layers that are computed once more; adapters count by their share.
+
+    Args:
+        skips_down: experts end before their last product, whose output nothing reads again.
+    """
     halves = [half_operations(config, layer, sequence_tokens) for layer in range(config.num_hidden_layers)]
     again = sum(m * r.mixer + e * r.experts for (m, e), r in zip(halves, layers, strict=True))
-    return again + 2 * adapter_parameters * again / sum(map(sum, halves))
+    again += 2 * adapter_parameters * again / sum(map(sum, halves))
+    return again - skips_down * down_operations(config) * sum(layers[layer].experts for layer in config.moe_layers)
+
+
+def down_operations(config: ModelConfig) -> float:
+    """Forward operations per token of the experts' last product in one layer."""
+    return 2.0 * config.num_experts_per_tok * config.hidden_size * config.moe_intermediate_size
 
 
 def half_operations(config: ModelConfig, layer: int, sequence_tokens: int) -> tuple[float, float]:

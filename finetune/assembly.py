@@ -204,7 +204,7 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
 def _recompute(
     recipe: Recipe, config: ModelConfig, kernels: Kernels, world: World, room: int
 ) -> tuple[tuple[Recompute, ...], str]:
-    """What every layer computes again in the backward pass, and why; the same on all ranks.
+    """What every layer computes again in the backward pass, and why; the same on all ranks. Communicates.
 
     Args:
         room: bytes that every rank can take, the model included.
@@ -222,10 +222,10 @@ def _recompute(
     )
     forms = recipe.kernels.model_copy(update=kernels.names)
     made = plan(config, recipe.model_copy(update={"kernels": forms}), machine)
-    return (
-        made.recompute,
-        f"as the plan of {made.rank_bytes / GIB:.1f} in {(made.room_bytes or 0) / GIB:.1f} GiB allows",
-    )
+    # Should a kernel serve on some cards only, their plans differ: what any rank computes again, all do.
+    counts = world.sum(torch.tensor(made.recompute, dtype=torch.int32, device=world.device))
+    agreed = tuple(Recompute(mixer > 0, experts > 0) for mixer, experts in counts.tolist())
+    return agreed, f"as the plan of {made.rank_bytes / GIB:.1f} in {(made.room_bytes or 0) / GIB:.1f} GiB allows"
 
 
 def _part(batch: Batch, world: World) -> Batch:

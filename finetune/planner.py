@@ -164,18 +164,21 @@ class Plan:
     @property
     def recomputed(self) -> float:
         """Operations per token of what is computed once more in the backward pass, and to count load ahead."""
-        return self._operations_of(self.recompute) + self.counts_ahead * self._operations_of(
-            (ALL,) * self.config.num_hidden_layers
-        )
+        skips_down = recompute.skips_down(working_bytes.setting(self))
+        return self._operations_of(self.recompute, skips_down) + self.counts_ahead * self._forward_operations
 
     @property
     def recomputed_share(self) -> float:
         """Of the operations of a forward pass through the layers, how many are done again in the backward pass."""
-        return self._operations_of(self.recompute) / self._operations_of((ALL,) * self.config.num_hidden_layers)
+        return self._operations_of(self.recompute) / self._forward_operations
 
-    def _operations_of(self, layers: tuple[Recompute, ...]) -> float:
-        tokens = self.recipe.train.sequence_tokens
-        return recompute_operations(self.config, tokens, adapter_parameters=self.active_adapters, layers=layers)
+    @property
+    def _forward_operations(self) -> float:
+        return self._operations_of((ALL,) * self.config.num_hidden_layers)
+
+    def _operations_of(self, layers: tuple[Recompute, ...], skips_down: bool = False) -> float:
+        config, tokens, adapters = self.config, self.recipe.train.sequence_tokens, self.active_adapters
+        return recompute_operations(config, tokens, adapter_parameters=adapters, layers=layers, skips_down=skips_down)
 
     @property
     def counts_ahead(self) -> bool:

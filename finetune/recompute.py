@@ -7,9 +7,16 @@ rows. Imports no torch.
 
 from collections.abc import Callable, Sequence
 
-from finetune.activations import Setting, sizes
-from finetune.arithmetic import half_operations
+from finetune.activations import Setting, gathers, sizes
+from finetune.arithmetic import down_operations, half_operations
 from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
+
+OPERATIONS_WHILE_A_BYTE_TRAVELS = 900  # of 400 TFLOP/s, at 450 GB/s between the cards of one machine
+
+
+def skips_down(setting: Setting) -> bool:
+    """Whether experts that are computed again end before their last product."""
+    return gathers(setting)
 
 
 def asked_for(config: ModelConfig, words: Sequence[str]) -> tuple[Recompute, ...] | None:
@@ -34,6 +41,11 @@ def least(
     worth = []
     for layer, size in enumerate(sizes(config, setting)):
         mixer, experts = half_operations(config, layer, setting.sequence_tokens)
+        if config.is_moe(layer) and setting.exchanged:  # rows would travel again, there and back
+            rows = 2 * config.num_experts_per_tok * config.hidden_size * setting.weight_bytes
+            experts += OPERATIONS_WHILE_A_BYTE_TRAVELS * rows
+        elif config.is_moe(layer) and skips_down(setting):
+            experts -= down_operations(config)
         worth += [(mixer / size.mixer, layer, 0), (experts / size.experts, layer, 1)]
     for _, layer, half in sorted(worth, reverse=True):
         before = chosen[layer]

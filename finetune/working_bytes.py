@@ -31,6 +31,8 @@ def setting(made: "Plan") -> Setting:
         expert_adapter_rank=lora.rank if lora is not None and "experts" in lora.targets else 0,
         router_losses=recipe.router.balance.coefficient > 0 or recipe.router.z_coefficient > 0,
         exchanged=recipe.parallel.expert > 1,
+        dropped=lora.targets if lora is not None and lora.dropout > 0 else (),
+        on_gpu=on_gpu,
         fused_experts=fused_experts,
         fused_layers=fused_layers,
         fused_mixers=fused_mixers,
@@ -51,14 +53,12 @@ def on_rank(made: "Plan") -> dict[str, int]:
     turn_bytes, gradient_bytes = int(tokens * turn), int(tokens * gradients)
     # While the head is differentiated no layer holds what it computes again: the two take turns.
     logits = max(0, activations.loss_bytes(config, tokens, how) - turn_bytes - gradient_bytes)
-    # A row leaves for its expert's rank and comes back, and so does its gradient; with even load as many arrive.
-    exchanged = 4 * config.num_experts_per_tok * config.hidden_size * made.weight_bytes if how.exchanged else 0
     return {
         "kept between layers": int(tokens * between),
         "saved in all layers": int(tokens * held),
         "saved in one layer, computed again": turn_bytes,
         "gradients within a layer": gradient_bytes,
-        "rows on their way between ranks": tokens * exchanged,
+        "rows on their way between ranks": tokens * _travelling(made),  # with even load as many arrive
         "logits and their gradient, beyond a layer's": logits,
         "runtime": RUNTIME_HOST_BYTES if made.machine.device_bytes is None else RUNTIME_DEVICE_BYTES,
     }
@@ -69,6 +69,14 @@ def uneven_load(made: "Plan") -> int:
     config, how = made.config, setting(made)
     if not how.exchanged:
         return 0  # every rank holds all experts, and its rows are those of its own tokens
-    sizes = [size.experts for size in activations.sizes(config, how)]
-    held = sum(size for size, again in zip(sizes, made.recompute, strict=True) if not again.experts)
-    return int(UNEVEN_LOAD * made.recipe.train.micro_batch_tokens * (held + max(sizes)))
+    sizes = activations.sizes(config, how)
+    held = sum(size.experts for size, again in zip(sizes, made.recompute, strict=True) if not again.experts)
+    turn = max(size.experts + size.gradients for size in sizes) + _travelling(made)
+    return int(UNEVEN_LOAD * made.recipe.train.micro_batch_tokens * (held + turn))
+
+
+def _travelling(made: "Plan") -> int:
+    """Bytes per token of rows on their way: a row leaves for its expert's rank and comes back; so does its gradient."""
+    if made.recipe.parallel.expert == 1:
+        return 0
+    return 4 * made.config.num_experts_per_tok * made.config.hidden_size * made.weight_bytes

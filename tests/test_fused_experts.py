@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from finetune.kernels.fused_experts import experts_fused, moe_fused
+from finetune.model.config import Recompute
 from finetune.model.moe import ExpertFactors, LowRank, Routing, exchange_locally, experts_in_a_loop
+from tests.configs import tiny_config
+from tests.test_model import random_model
 
 # float32 sums of `depth` products in another order; errors grow with its root, and the values are near 1.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -126,6 +129,27 @@ def test_recompute_gives_the_same_gradients_and_does_not_compute_the_down_projec
     for found, exact in zip(run(recomputed, x, routing, more, lambda place: False), plain, strict=True):
         torch.testing.assert_close(found, exact, rtol=0, atol=0)
     # Once down, forward; once the gradient of x. A third would be the down-projection of the recompute.
+    assert len(products) == 2
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("again", [Recompute(True, True), Recompute(False, True)], ids=["layer", "experts"])
+def test_a_layer_computed_again_skips_the_down_projection(
+    again: Recompute, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.kernels import fused_experts
+
+    model = random_model(tiny_config(num_hidden_layers=1, layer_types=["full_attention"]))
+    model.model.layers[0].mlp.whole = moe_fused
+    model.model.layers[0].mlp.experts.requires_grad_(False)
+    model.recompute = (again,)
+    segments = torch.zeros(1, 24, dtype=torch.long)
+    segments[0, 24 - padding :] = -1
+    products = []
+    grouped = fused_experts.grouped_product
+    monkeypatch.setattr(fused_experts, "grouped_product", lambda *a, **k: products.append(k) or grouped(*a, **k))
+    ids = torch.randint(96, (1, 24))
+    model(ids, segments, labels=ids.masked_fill(segments == -1, -100)).loss_sum.backward()
     assert len(products) == 2
 
 

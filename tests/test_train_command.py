@@ -418,7 +418,8 @@ def test_a_crash_is_kept_with_its_traceback(here: Place, trained: Trained) -> No
 
     done = here.launch(name="crash", data__cache=cache, monitor__drift_every_steps=None, monitor__probe_tokens=None)
 
-    assert done.code == 1
+    # The launcher's is the code of the rank that it finds ended first: the one with the bug, or one that lost it.
+    assert done.code in (1, 2)
     assert "Traceback" in done.err
     kept = json.loads((here.run_folder("crash") / "crash/rank1.json").read_text())
     assert kept["exception"].startswith("IndexError: ")

@@ -112,8 +112,14 @@ def combine(slots: Tensor, rows: Rows, addend: Tensor | None) -> Tensor:
 def weight_gradient(left: Tensor, right: Tensor, rows: Rows) -> Tensor:
     """Sum over each expert's rows of left^T right, (experts, left columns, right columns): torch's grouped product."""
     ends, shape = rows.starts[1:].to(torch.int32), (left.shape[1], right.shape[1])
-    left, right = (F.pad(x, (0, -x.shape[1] % (16 // x.element_size()))) for x in (left, right))  # what it asks of rows
+    left, right = _whole_words(left), _whole_words(right)
     return F.grouped_mm(left.t(), right, offs=ends)[:, : shape[0], : shape[1]]
+
+
+def _whole_words(x: Tensor) -> Tensor:
+    """With zeros up to rows of whole 16 bytes, which torch's grouped product asks for."""
+    fill = -x.shape[1] % (16 // x.element_size())
+    return F.pad(x, (0, fill)) if fill else x
 
 
 @triton.jit

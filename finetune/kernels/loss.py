@@ -50,6 +50,7 @@ class _LossSum(torch.autograd.Function):
                 torch.mm(logits, weight, out=d_x[part])
             if d_weight is not None:
                 d_weight += logits.t() @ x[part]
+            del logits  # before there are others
         ctx.save_for_backward(d_x, None if d_weight is None else d_weight.to(weight.dtype))
         return losses.sum()
 

@@ -6,6 +6,7 @@ Source: `Qwen3NextAttention`, transformers 5.23.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -95,6 +96,8 @@ def attend(
     value: Float[Tensor, "batch time kv_heads dim"],
 ) -> Float[Tensor, "batch time heads dim"]:
     """Causal attention, every sequence one document."""
+    if query.is_cuda and query.dtype == torch.float32:  # there, the kernel that takes grouped keys keeps every score
+        key, value = _for_every_head(query, key), _for_every_head(query, value)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
 
@@ -108,10 +111,14 @@ def attend_masked(
     """Attention where the mask allows it."""
     # Only cuDNN takes a mask together with grouped keys, and not at every head size; the kernel that all other GPUs
     # would fall back to keeps every score. With equal heads the memory-efficient kernel serves.
-    group = query.shape[2] // key.shape[2]
-    key, value = key.repeat_interleave(group, dim=2), value.repeat_interleave(group, dim=2)
+    key, value = _for_every_head(query, key), _for_every_head(query, value)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=isolation).transpose(1, 2)
+
+
+def _for_every_head(query: Tensor, key: Tensor) -> Tensor:
+    """Keys or values once for every head of the queries that share them."""
+    return key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
 
 
 def gate_output(

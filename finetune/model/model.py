@@ -79,16 +79,20 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "batch time hidden"], Routing | None]:
         again = self.recompute if torch.is_grad_enabled() else NOTHING
         if all(again):  # at once, so that nothing but the layer's input is kept
-            return checkpoint(self._halves, x, layout, NOTHING, use_reentrant=False)
-        return self._halves(x, layout, again)
+            x, out, routing = checkpoint(self._halves, x, layout, NOTHING, use_reentrant=False)
+        else:
+            x, out, routing = self._halves(x, layout, again)
+        if layout.tokens is not None and routing is not None:
+            out = torch.zeros_like(x).flatten(0, 1).index_put((layout.tokens,), out).view_as(x)
+        # Here, since it needs nothing again: what is computed again ends before the experts' last product.
+        return x + out, routing
 
-    def _halves(self, x: Tensor, layout: Layout, again: Recompute) -> tuple[Tensor, Routing | None]:
+    def _halves(self, x: Tensor, layout: Layout, again: Recompute) -> tuple[Tensor, Tensor, Routing | None]:
+        """What the residual stream is after the mixer, what the experts add to it, and the routing."""
         recomputed = partial(checkpoint, use_reentrant=False)
         x, normed = recomputed(self._mix, x, layout) if again.mixer else self._mix(x, layout)
         out, routing = recomputed(self._feed, normed, layout) if again.experts else self._feed(normed, layout)
-        if layout.tokens is None or routing is None:
-            return x + out, routing
-        return x.flatten(0, 1).index_add(0, layout.tokens, out).view_as(x), routing
+        return x, out, routing
 
     def _mix(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """x + mixer(norm x), and its norm."""

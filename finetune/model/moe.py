@@ -76,11 +76,16 @@ def sort_by_expert(experts: Int[Tensor, "tokens top_k"]) -> tuple[Int[Tensor, " 
     return order, order // experts.shape[1]
 
 
+def inverse(order: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """Where each row went. To put rows back by it keeps nothing for the backward pass but these numbers."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
 def combine(
     rows: Float[Tensor, "rows hidden"], order: Int[Tensor, " rows"], weights: Float[Tensor, "tokens top_k"]
 ) -> Float[Tensor, "tokens hidden"]:
     """Put sorted rows back in their slots and take each token's weighted sum."""
-    slots = torch.empty_like(rows).index_copy_(0, order, rows).view(*weights.shape, rows.shape[-1])
+    slots = rows[inverse(order)].view(*weights.shape, rows.shape[-1])
     return (slots * weights.unsqueeze(-1)).sum(1)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from finetune.model.moe import Dispatched, MoE, Routing, combine, sort_by_expert
+from finetune.model.moe import Dispatched, MoE, Routing, combine, inverse, sort_by_expert
 
 
 def attach(model: nn.Module, group: dist.ProcessGroup) -> None:
@@ -61,8 +61,7 @@ def exchange_over(
     by_expert = local_expert.argsort(stable=True)
 
     def restore(rows: Tensor) -> Tensor:
-        rows = torch.empty_like(rows).index_copy_(0, by_expert, rows)
-        returned = _Arrive.apply(_Depart.apply(rows, way_back), way_back)
+        returned = _Arrive.apply(_Depart.apply(rows[inverse(by_expert)], way_back), way_back)
         return combine(returned, order, routing.weights)
 
     def arrive() -> Dispatched:

@@ -74,7 +74,7 @@ class World:
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         else:
-            free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_SIZE", "1"))
         everyone = torch.tensor(free, device=self.device)
         dist.all_reduce(everyone, dist.ReduceOp.MIN)
         return int(everyone)
