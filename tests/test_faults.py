@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -28,7 +28,7 @@ from finetune.run_folder import finished_step
 from monitoring.metrics import read_metrics
 from tests.commands import SECONDS, TINY, Place, launcher, place, records, start
 
-STEPS = 60
+STEPS = 80
 QUICK: dict[str, Any] = {
     "train__steps": STEPS,
     "train__eval_every_steps": 0,
@@ -40,6 +40,13 @@ QUICK: dict[str, Any] = {
     "checkpoint__every_steps": 2,
     "checkpoint__keep": 3,
 }
+
+
+class Kill(NamedTuple):
+    moment: str  # "step", "save" or "between files" of a checkpoint
+    rank: int
+    steps: int  # that the start makes before
+    delay: float  # seconds from when the moment is seen
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +90,10 @@ def until(process: "subprocess.Popen[str]", happened: Callable[[], bool]) -> Non
 
 
 def step_now(folder: Path) -> int:
-    """The last step that was reported since the run was started, by any start."""
+    """The last step that the newest start has reported; 0 before its first."""
     path = folder / "metrics.jsonl"
-    found = re.findall(r'"kind": "train", "step": (\d+)', path.read_text()) if path.exists() else []
+    newest = path.read_text().rpartition('"kind": "start"')[2] if path.exists() else ""
+    found = re.findall(r'"kind": "train", "step": (\d+)', newest)
     return int(found[-1]) if found else 0
 
 
@@ -94,13 +102,10 @@ def starts(folder: Path) -> int:
     return path.read_text().count('"kind": "start"') if path.exists() else 0
 
 
-def is_saving(folder: Path) -> bool:
-    return bool(list((folder / "checkpoints").glob("step-*.tmp")))
-
-
-def is_between_files(folder: Path) -> bool:
-    """A part is there and the manifest is not."""
-    return any((folder / "checkpoints").glob("step-*.tmp/part-*.safetensors"))
+def unfinished(folder: Path, *, with_part: bool = False) -> set[str]:
+    """Checkpoints that are being written, or were when a rank died: their manifest is not there, a part may be."""
+    found = (folder / "checkpoints").glob("step-*.tmp/part-*.safetensors" if with_part else "step-*.tmp")
+    return {(path.parent if with_part else path).name for path in found}
 
 
 def tensors_of(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
@@ -118,25 +123,20 @@ def undisturbed(here: Place) -> dict[str, Tensor]:
     return tensors_of(here.run_folder("undisturbed"))
 
 
-def kill_at(here: Place, name: str, moment: str, rank: int, delay: float, *, early: bool) -> None:
-    """Start or go on with the run and kill one rank with SIGKILL; nothing that was saved is lost.
-
-    Args:
-        early: before anything may have been saved.
-    """
+def kill_at(here: Place, name: str, kill: Kill) -> None:
+    """Start or go on with the run and kill one rank with SIGKILL; nothing that was saved is lost."""
     folder = here.run_folder(name)
     before, _ = newest_checkpoint(folder / "checkpoints")
-    begun = starts(folder)
+    begun, left_behind = starts(folder), unfinished(folder)
     process = begin(here, name)
     try:
         first = int(before.name[5:]) if before else 0
-        until(process, lambda: starts(folder) > begun and step_now(folder) >= first + 1)
-        if not early:
-            until(process, lambda: bool(records(folder, "checkpoint")))
-        if moment != "step":
-            until(process, lambda: is_saving(folder) if moment == "save" else is_between_files(folder))
-        time.sleep(delay)
-        rank_of(process, rank).kill()
+        until(process, lambda: starts(folder) > begun and step_now(folder) >= first + kill.steps)
+        if kill.moment != "step":  # one that this start writes, not what an earlier kill has left
+            with_part = kill.moment == "between files"
+            until(process, lambda: bool(unfinished(folder, with_part=with_part) - left_behind))
+        time.sleep(kill.delay)
+        rank_of(process, kill.rank).kill()
         process.communicate(timeout=SECONDS)
         assert process.returncode != 0
     finally:
@@ -147,10 +147,20 @@ def kill_at(here: Place, name: str, moment: str, rank: int, delay: float, *, ear
     assert (int(kept.name[5:]) if kept else 0) >= max([first, *saved])
 
 
-def kills(number: int, seed: int) -> list[tuple[str, int, float]]:
+def kills(number: int, seed: int) -> list[Kill]:
+    """Random moments, every kind as often; they begin when the run has saved once or twice."""
     draw = random.Random(seed)
-    moments = ["step", "save", "between files"]
-    return [(moments[n % 3], draw.randrange(2), draw.uniform(0, 0.05 if n % 3 == 0 else 0.01)) for n in range(number)]
+    moments = ("step", "save", "between files")
+    return [
+        Kill(
+            moments[n % 3],
+            draw.randrange(2),
+            draw.randint(4, 6) if n == 0 else draw.randint(1, 3),
+            draw.uniform(0, wide),
+        )
+        for n in range(number)
+        for wide in ((0.05,) if n % 3 == 0 else (0.004,))
+    ]
 
 
 @pytest.mark.parametrize("number", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -158,8 +168,8 @@ def test_a_run_whose_ranks_are_killed_again_and_again_ends_as_if_nothing_had_hap
     number: int, here: Place, undisturbed: dict[str, Tensor]
 ) -> None:
     name = f"killed-{number}-times"
-    for turn, (moment, rank, delay) in enumerate(kills(number, seed=number)):
-        kill_at(here, name, moment, rank, delay, early=turn == 0)
+    for kill in kills(number, seed=number):
+        kill_at(here, name, kill)
     code, out, err = run_to_end(here, name)
     assert code == 0, out + err
     assert "continuing after step" in out

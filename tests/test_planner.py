@@ -341,20 +341,20 @@ def test_saved_tensors_of_fused_kernels_and_of_each_half(mixer: str, trains: str
     setting = Setting(
         weight_bytes=4,
         full_parameter=trains == "full",
-        sequence_tokens=128,
+        sequence_tokens=64,
         masked=False,
         expert_adapter_rank=8 if trains == "adapted-experts" else 0,
         fused_experts=True,
         fused_layers=True,
         fused_mixers=True,
     )
-    mixer_half, experts_half = (128 * sum(part(config, 0, setting)) for part in (mixer_tensors, experts_tensors))
+    mixer_half, experts_half = (64 * sum(part(config, 0, setting)) for part in (mixer_tensors, experts_tensors))
     rank = setting.expert_adapter_rank or 4
-    mixer_half += 128 * 4 * config.hidden_size  # the input of the other half, which is computed again
+    mixer_half += 64 * 4 * config.hidden_size  # the input of the other half, which is computed again
     # Left out are the adapters' thin products and what the tiles of the experts are cut into.
-    assert 0.93 <= mixer_half / saved_bytes(config, setting, 128, rank=rank, again=Recompute(False, True)) <= 1.03
-    assert 0.93 <= experts_half / saved_bytes(config, setting, 128, rank=rank, again=Recompute(True, False)) <= 1.03
-    assert saved_bytes(config, setting, 128, rank=rank, again=ALL) == 0
+    assert 0.93 <= mixer_half / saved_bytes(config, setting, 64, rank=rank, again=Recompute(False, True)) <= 1.03
+    assert 0.93 <= experts_half / saved_bytes(config, setting, 64, rank=rank, again=Recompute(True, False)) <= 1.03
+    assert saved_bytes(config, setting, 64, rank=rank, again=ALL) == 0
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -363,18 +363,18 @@ def test_saved_tensors_of_experts_whose_rows_travel(fused: bool) -> None:
     setting = Setting(
         weight_bytes=4,
         full_parameter=False,
-        sequence_tokens=128,
+        sequence_tokens=64,
         masked=False,
         exchanged=True,
         **dict.fromkeys(("fused_experts", "fused_layers", "fused_mixers"), fused),
     )
-    planned = 128 * sum(experts_tensors(config, 0, setting))
+    planned = 64 * sum(experts_tensors(config, 0, setting))
     (found,) = ranks(1, saved_on_rank, config, setting)
     assert 0.95 <= planned / found <= 1.03
 
 
 def saved_on_rank(_: int, config: ModelConfig, setting: Setting) -> int:
-    return saved_bytes(config, setting, 128, again=Recompute(True, False))
+    return saved_bytes(config, setting, 64, again=Recompute(True, False))
 
 
 @pytest.mark.parametrize("mixer", ["linear_attention", "full_attention"])
@@ -393,11 +393,11 @@ def test_padding_makes_a_layer_keep_no_more() -> None:
     setting = Setting(
         weight_bytes=4,
         full_parameter=False,
-        sequence_tokens=128,
+        sequence_tokens=64,
         masked=False,
         **dict.fromkeys(("fused_experts", "fused_layers", "fused_mixers"), True),
     )
-    without, padded = (saved_bytes(config, setting, 128, padding=padding) for padding in (0, 8))
+    without, padded = (saved_bytes(config, setting, 64, padding=padding) for padding in (0, 8))
     assert padded <= 1.01 * without
 
 

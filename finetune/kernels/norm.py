@@ -24,7 +24,7 @@ def rms_norm_fused(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):  # type: ignore[no-untyped-def]
-        rows = _rows(x)
+        rows = rows_of(x)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if rows.numel():
             block = triton.next_power_of_2(x.shape[-1])
@@ -38,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        rows, gradient = _rows(x), _rows(gradient)
+        rows, gradient = rows_of(x), rows_of(gradient)
         d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         programs = min(PROGRAMS, len(rows))
         trains = ctx.needs_input_grad[1]
@@ -52,8 +52,8 @@ class _RMSNorm(torch.autograd.Function):
         return d_x, parts.sum(0).to(weight.dtype) if parts is not None else None, None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """As (rows, dim), without a copy where the rows are equally far apart, as in a part of each head."""
+def rows_of(x: Tensor) -> Tensor:
+    """As (rows, dim), without a copy where the rows are equally far apart, as in a part of each head or row."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

@@ -11,6 +11,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from finetune.kernels.norm import rows_of
+
 BLOCK = 1024  # elements of a program of the activation
 PROGRAMS = 1024  # of a backward pass that sums the gate weight's gradient, each over its share of the rows
 
@@ -34,7 +36,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):  # type: ignore[no-untyped-def]
         out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        rows, other = _rows(gate), _rows(up)
+        rows, other = rows_of(gate), rows_of(up)
         if out.numel():
             _swiglu_kernel[(triton.cdiv(out.numel(), BLOCK),)](
                 rows, other, out, out.numel(), out.shape[-1], rows.stride(0), other.stride(0), BLOCK=BLOCK
@@ -46,7 +48,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
         d_gate, d_up = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
-        rows, other = _rows(gate), _rows(up)
+        rows, other = rows_of(gate), rows_of(up)
         if gate.numel():
             _swiglu_backward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
                 rows, other, gradient.contiguous(), d_gate, d_up,
@@ -88,12 +90,6 @@ class _AddGated(torch.autograd.Function):
             )  # fmt: skip
         d_weight = None if parts is None else parts.sum(0, keepdim=True).to(gate_weight.dtype)
         return gradient if ctx.needs_input_grad[0] else None, d_shared, d_x, d_weight
-
-
-def _rows(x: Tensor) -> Tensor:
-    """As (rows, width), without a copy where the rows are equally far apart, as in one half of each row."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _warps(block: int) -> int:
