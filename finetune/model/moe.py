@@ -65,27 +65,72 @@ Route = Callable[[Tensor, Tensor, int, bool], Routing]
 
 def exchange_locally(x: Float[Tensor, "tokens hidden"], routing: Routing) -> Callable[[], Dispatched]:
     """Every expert is on this device: sort rows by expert, and undo the sort."""
-    order, token = sort_by_expert(routing.experts)
-    arrived = Dispatched(x[token], routing.rows, lambda rows: combine(rows, order, routing.weights))
+    order = sort_by_expert(routing.experts)
+    arrived = Dispatched(
+        rows_of(x, order, routing.experts.shape[1]), routing.rows, lambda rows: combine(rows, order, routing.weights)
+    )
     return lambda: arrived
 
 
-def sort_by_expert(experts: Int[Tensor, "tokens top_k"]) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
-    """Order of the flattened (token, choice) slots by expert, and the token of each sorted row."""
-    order = experts.flatten().argsort(stable=True)
-    return order, order // experts.shape[1]
+def sort_by_expert(experts: Int[Tensor, "tokens top_k"]) -> Int[Tensor, " rows"]:
+    """Order of the flattened (token, choice) slots by expert."""
+    return experts.flatten().argsort(stable=True)
+
+
+def rows_of(x: Float[Tensor, "tokens hidden"], order: Int[Tensor, " rows"], top_k: int) -> Float[Tensor, "rows hidden"]:
+    """A row for every slot, in this order of the slots."""
+    return _Rows.apply(x, order, inverse(order), top_k)
+
+
+def permuted(rows: Float[Tensor, "rows hidden"], order: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
+    """Rows in this order."""
+    return _Permuted.apply(rows, order, inverse(order))
+
+
+def put_back(rows: Float[Tensor, "rows hidden"], order: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
+    """What `permuted` undoes."""
+    return _Permuted.apply(rows, inverse(order), order)
 
 
 def inverse(order: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """Where each row went. To put rows back by it keeps nothing for the backward pass but these numbers."""
+    """Where each row of this order came to lie."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+class _Permuted(torch.autograd.Function):
+    """rows[there]. As `index` it would add up a gradient that has nothing to add up, one number after the other."""
+
+    @staticmethod
+    def forward(ctx, rows, there, back):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(back)
+        return rows[there]
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return gradient[ctx.saved_tensors[0]], None, None
+
+
+class _Rows(torch.autograd.Function):
+    """x[order // top_k], whose gradient is a sum over each token's rows, always in the same order."""
+
+    @staticmethod
+    def forward(ctx, x, order, back, top_k):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(back)
+        ctx.top_k = top_k
+        return x[order // top_k]
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        (back,) = ctx.saved_tensors
+        by_token = gradient[back].view(len(back) // ctx.top_k, ctx.top_k, gradient.shape[1])
+        return by_token.sum(1), None, None, None
 
 
 def combine(
     rows: Float[Tensor, "rows hidden"], order: Int[Tensor, " rows"], weights: Float[Tensor, "tokens top_k"]
 ) -> Float[Tensor, "tokens hidden"]:
     """Put sorted rows back in their slots and take each token's weighted sum."""
-    slots = rows[inverse(order)].view(*weights.shape, rows.shape[-1])
+    slots = put_back(rows, order).view(*weights.shape, rows.shape[-1])
     return (slots * weights.unsqueeze(-1)).sum(1)
 
 

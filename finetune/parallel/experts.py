@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from finetune.model.moe import Dispatched, MoE, Routing, combine, inverse, sort_by_expert
+from finetune.model.moe import Dispatched, MoE, Routing, combine, permuted, put_back, rows_of, sort_by_expert
 
 
 def attach(model: nn.Module, group: dist.ProcessGroup) -> None:
@@ -45,8 +45,8 @@ def exchange_over(
     sent = routing.rows.view(group.size(), -1)  # (ranks, local experts)
     received = torch.empty_like(sent)
     counting = dist.all_to_all_single(received, sent, group=group, async_op=True)
-    order, token = sort_by_expert(routing.experts)
-    leaving = x[token]
+    order = sort_by_expert(routing.experts)
+    leaving = rows_of(x, order, routing.experts.shape[1])
     counting.wait()
     outward, inward = torch.stack((sent.sum(1), received.sum(1))).tolist()  # the one host synchronisation of the layer
 
@@ -61,12 +61,12 @@ def exchange_over(
     by_expert = local_expert.argsort(stable=True)
 
     def restore(rows: Tensor) -> Tensor:
-        returned = _Arrive.apply(_Depart.apply(rows[inverse(by_expert)], way_back), way_back)
+        returned = _Arrive.apply(_Depart.apply(put_back(rows, by_expert), way_back), way_back)
         return combine(returned, order, routing.weights)
 
     def arrive() -> Dispatched:
         rows = _Arrive.apply(ticket, way_there)
-        return Dispatched(rows[by_expert], received.sum(0), restore)
+        return Dispatched(permuted(rows, by_expert), received.sum(0), restore)
 
     return arrive
 
