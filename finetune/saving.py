@@ -112,9 +112,11 @@ def resume(
         base_name: the same for people.
 
     Raises:
-        RankError: the checkpoint is of other base weights or other data, or there were some and none is whole.
+        RankError: the checkpoint is of other base weights or other data, or there were some and none is whole,
+            or the disk cannot be read.
     """
-    found = newest_checkpoint(root) if world.is_main else None
+    with world.together(CheckpointError):
+        found = newest_checkpoint(root) if world.is_main else None
     folder, skipped = cast(tuple[Path | None, list[str]], world.gather(found)[0])
     for sentence in skipped:
         say(sentence)
