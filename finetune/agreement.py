@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import cast
 
-from finetune.checkpoint.folder import fingerprint
+from finetune.checkpoint.fingerprint import fingerprint
 from finetune.failure import LIBRARIES
 from finetune.parallel.world import RankError, World
 from finetune.recipe import CHECKOUT, Recipe, dump
