@@ -309,6 +309,9 @@ class Run:
 
     def _record_saved(self, saved: Saved | None) -> None:
         """Write the line of a checkpoint that has become whole."""
+        if saved and (why := saved.written.not_deleted):
+            message = f"an older checkpoint could not be deleted ({why}); see that the disk does not fill"
+            self._record({"kind": "action", "step": saved.written.step, "message": message})
         if saved:
             self._record(
                 {

@@ -215,6 +215,36 @@ def test_all_ranks_are_told_that_the_checkpoints_cannot_be_read(tmp_path, monkey
     assert ranks(2, told_of_a_root_that_cannot_be_read, tmp_path) == [sentence] * 2
 
 
+def test_an_older_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_path, monkeypatch):
+    write(tmp_path, 10)
+    monkeypatch.setattr(writers, "_delete", lambda folder: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    writer = Writer(tmp_path, rank=0, ranks=1, token="t0", keep=1)
+    writer.begin(20, part_of(0, 1, 20), {})
+    writer.wait()
+    written = writer.finish()
+    writer.close()
+    assert (written.step, written.not_deleted) == (20, "[Errno 5] Input/output error")
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step-20", [])
+
+
+def test_what_an_orphan_still_writes_into_waits_for_the_next_write(tmp_path, monkeypatch):
+    """Between the list of a folder's files and its own deletion a rank of the killed run adds a file."""
+    left = tmp_path / "step-10.old1.tmp"
+    left.mkdir()
+    rmdir = os.rmdir
+
+    def and_one_more(path, **more):
+        (left / "part-00001.safetensors").touch()
+        rmdir(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", and_one_more)
+        write(tmp_path, 20)
+    assert names(tmp_path) == ["step-10.old1.tmp", "step-20"]
+    write(tmp_path, 30)
+    assert names(tmp_path) == ["step-20", "step-30"]
+
+
 def test_a_damaged_later_checkpoint_never_costs_the_one_just_written(tmp_path):
     write(tmp_path, 10)
     write(tmp_path, 30)
