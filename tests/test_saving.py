@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.checkpoint.resume import newest_checkpoint, open_state
 from monitoring.metrics import read_metrics
-from tests.commands import TINY, Done, Place, launcher, place, records, run, write_rows
+from tests.commands import TINY, Done, Place, command, launcher, place, records, run, run_with_checkpoint, write_rows
 
 HELD = """
 import os, time
@@ -89,3 +90,61 @@ def test_an_orderly_stop_finishes_the_checkpoint_that_is_being_written(here: Pla
     assert f"the newest whole checkpoint is {folder}/checkpoints/step-1" in done.err
     assert [line["step"] for line in records(folder, "checkpoint")] == [1]
     assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_best_checkpoint_outlives_newer_ones_and_is_exported_and_the_wandb_run_goes_on(
+    here: Place, tmp_path: Path
+) -> None:
+    """The first step lowers the held-out loss, the next two raise it, at such a scale of the adapters.
+
+    Then the file that names the W&B run is lost.
+    """
+    rising = {"optim__lr": 0.25, "optim__warmup_steps": 2, "lora__alpha": 4096, "train__eval_every_steps": 1}
+    kept = {"checkpoint__every_steps": 1, "checkpoint__keep": 1, "checkpoint__keep_best": "true"}
+    changes = QUIET | rising | kept | {"monitor__wandb": "offline"}
+    done = here.launch(name="best", train__steps=3, **changes)
+    assert done.code == 0, done.out + done.err
+    folder = here.run_folder("best")
+    losses = {line["step"]: line["loss"] for line in records(folder, "eval")}
+    best = min(losses, key=lambda step: losses[step])
+    assert best == 1, losses
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-1", "step-3"]
+    assert open_state(folder / "checkpoints/step-3")[0]["best"] == {"step": best, "loss": losses[best]}
+    to = tmp_path / "adapter"
+    done = command("export", str(folder), "--to", str(to), "--format", "adapter", "--checkpoint", "best")
+    assert done.code == 0, done.out + done.err
+    trained, other = (open_state(folder / f"checkpoints/step-{step}")[1] for step in (best, 3))
+    factors = load_file(to / "adapter_model.safetensors")
+    assert len(factors) > 10
+    for name, factor in factors.items():
+        stored = name.removeprefix("base_model.model.").replace(".weight", ".default.weight::fp32")
+        assert torch.equal(factor, trained.read(stored)), name
+        assert not torch.equal(factor, other.read(stored)), name
+
+    known = (folder / "wandb/run-id").read_text()
+    (folder / "wandb/run-id").unlink()
+    done = here.launch(name="best", train__steps=4, **changes)
+    assert done.code == 0, done.out + done.err
+    assert "continuing after step 3" in done.out
+    assert (folder / "wandb/run-id").read_text() == known
+    assert {path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")} == {known}
+    assert len(list((folder / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_a_run_does_not_go_on_upon_other_base_weights(here: Place, tmp_path: Path) -> None:
+    own = Place(tmp_path)
+    shutil.copytree(here.folder / "base", own.folder / "base")
+    for name in ("train.jsonl", "heldout.jsonl"):
+        shutil.copy(here.folder / name, own.folder / name)
+    folder = run_with_checkpoint(own, "other-base")
+    weights = own.folder / "base/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight"] *= 1.5
+    save_file(tensors, weights, metadata={"format": "pt"})
+    done = own.by_hand(name="other-base")
+    assert done.code == 2, done.out + done.err
+    assert "Traceback" not in done.err
+    assert done.err.rpartition("nextune: ")[2] == (
+        f"{folder}/checkpoints/step-1: belongs to other base weights than {own.folder}/base holds now; put them back,"
+        " or start a new run under another name\n"
+    )
