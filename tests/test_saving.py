@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.checkpoint.resume import newest_checkpoint, open_state
+from finetune.checkpoint.weights import from_pretrained
+from finetune.replay import losses_of_step, read_step
 from monitoring.metrics import read_metrics
 from tests.commands import TINY, Done, Place, command, launcher, place, records, run, run_with_checkpoint, write_rows
 
@@ -90,6 +92,31 @@ def test_an_orderly_stop_finishes_the_checkpoint_that_is_being_written(here: Pla
     assert f"the newest whole checkpoint is {folder}/checkpoints/step-1" in done.err
     assert [line["step"] for line in records(folder, "checkpoint")] == [1]
     assert not list(folder.rglob("*.tmp"))
+    replayed_as_then(folder, base, here.folder / "base")
+
+
+def replayed_as_then(folder: Path, base: Path, healthy: Path) -> None:
+    """The kept batch is not finite again in the same sequences, on weights that are sick, and nowhere on others."""
+    (kept,) = (folder / "crash").iterdir()
+    batch, facts = read_step(kept)
+    losses = losses_of_step(from_pretrained(base, dtype=torch.float32), batch)
+    assert losses.shape == (2, 2, 2)
+    assert facts["step"] > 1
+    assert 0 < (~losses.isfinite()).sum() < losses.numel()
+    assert torch.equal(losses.isfinite(), batch["loss_sums"].isfinite())
+    done = command("replay", str(kept))
+    assert done.code == 0, done.out + done.err
+    sick = batch["packs"][~losses.isfinite()].tolist()
+    for number in batch["packs"].flatten().tolist():
+        (line,) = (line for line in done.out.splitlines() if line.startswith(f"sequence {number} ("))
+        assert line.endswith("summed to nan, now nan") == (number in sick), line
+    assert done.out.endswith("not finite in the same sequences\n")
+    done = command("replay", str(kept), "--model", str(healthy))
+    assert done.code == 1, done.out + done.err
+    assert "not the same as then: it depends on what the run had learnt" in done.out
+    done = command("replay", str(kept.with_name("step-0")))
+    assert done.code == 2
+    assert done.err.startswith(f"nextune: {folder}/crash/step-0: holds no batch of a step that can be read (")
 
 
 def test_the_best_checkpoint_outlives_newer_ones_and_is_exported_and_the_wandb_run_goes_on(
