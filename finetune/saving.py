@@ -107,8 +107,11 @@ class Saving:
         Raises:
             RankError: says which rank could not write what.
         """
-        with self._world.together(CheckpointError):
-            self._writer.finish()
+        try:
+            with self._world.together(CheckpointError):
+                self._writer.finish()
+        finally:  # a rank that still waited would be deaf to its launcher meanwhile, which is ending all of them
+            self._writer.abandon()
 
     def close(self) -> None:
         """End what is still being written, within seconds; every rank on its own, in whatever state the others are."""

@@ -245,6 +245,23 @@ def test_what_an_orphan_still_writes_into_waits_for_the_next_write(tmp_path, mon
     assert names(tmp_path) == ["step-20", "step-30"]
 
 
+def seconds_to_close(rank, root):
+    """After rank 0 failed before it made the folder that rank 1 waits for."""
+    if rank == 0:
+        writers._clear = no_list  # in this process, which is the rank's own
+    saving = savings.Saving(root, worlds.start(1), keep=1)
+    saving.begin(1, part_of(rank, 2, 1), {}, began=time.perf_counter(), spare=[])
+    with pytest.raises(RankError, match="cannot be read"):
+        saving.settle()
+    began = time.perf_counter()
+    saving.close()
+    return time.perf_counter() - began
+
+
+def test_ranks_that_know_of_a_failed_write_do_not_wait_for_it(tmp_path):
+    assert max(ranks(2, seconds_to_close, tmp_path)) < writers.SECONDS_FOR_OTHERS / 2
+
+
 def test_a_damaged_later_checkpoint_never_costs_the_one_just_written(tmp_path):
     write(tmp_path, 10)
     write(tmp_path, 30)

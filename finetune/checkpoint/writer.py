@@ -104,10 +104,15 @@ class Writer:
         job, self._job = self._job, None
         return job.result()
 
+    def abandon(self) -> None:
+        """Wait no longer for what other ranks write: it can no longer become whole."""
+        self._abandoned.set()
+
     def close(self) -> None:
         """End the thread: what it writes is finished, but for parts of other ranks it waits only seconds."""
-        self.wait(SECONDS_FOR_OTHERS)
-        self._abandoned.set()
+        if not self._abandoned.is_set():
+            self.wait(SECONDS_FOR_OTHERS)
+        self.abandon()
         self._thread.shutdown()
 
     def _write(self, step: int, tensors: dict[str, Tensor], described: str, spare: Collection[int]) -> Written | None:
