@@ -11,14 +11,15 @@ import platform
 import secrets
 import socket
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import cast
 
-from finetune.checkpoint.folder import fingerprint
+from finetune.checkpoint.fingerprint import fingerprint
 from finetune.failure import LIBRARIES
 from finetune.parallel.world import RankError, World
-from finetune.recipe import CHECKOUT, Recipe, dump
+from finetune.recipe import CHECKOUT, Recipe, RecipeError, dump
 
 PACKAGES = ("finetune", "data", "monitoring")
 SECONDS_TO_APPEAR = 20  # of a new file on another machine: a network disk keeps what it knows for a few seconds
@@ -28,7 +29,8 @@ def check_agreement(recipe: Recipe, folder: Path, base: Path, world: World) -> N
     """Make sure that all ranks have the same programs, recipe and base weights, and see one run folder. Collective.
 
     Raises:
-        RankError: on all ranks; says what differs between which hosts, or which hosts have another disk.
+        RankError: on all ranks; says what differs between which hosts, or which hosts have another disk, or that the
+            run folder's cannot be written.
     """
     facts = {
         "Python and its libraries": ", ".join([platform.python_version(), *_versions()]),
@@ -66,12 +68,16 @@ def _check_shared(folder: Path, world: World) -> None:
     there = next(place for place in (folder, *folder.parents) if place.exists())
     token = cast(str, world.gather(secrets.token_hex(8))[0])
     mark = there / f".shared-{token}"
-    if world.is_main:
-        mark.touch()
-    world.barrier()
+    with world.together(RecipeError):
+        if world.is_main:
+            try:
+                mark.touch()
+            except OSError as error:
+                raise RecipeError(f"output.dir: {there} cannot be written ({error.strerror or error})") from None
     answers = cast(list[tuple[bool, str, str]], world.gather((_appears(mark), socket.gethostname(), str(folder))))
     if world.is_main:
-        mark.unlink(missing_ok=True)
+        with suppress(OSError):  # an empty file, and training needs no deleting
+            mark.unlink()
     blind = sorted({host for sees, host, _ in answers if not sees})
     if blind:
         raise RankError(

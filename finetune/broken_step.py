@@ -3,7 +3,8 @@
 `optimize` has left such a step out on every rank, so that nothing that trains has changed. What is kept, in
 `crash/step-N/`, is enough to run the step again: `batches.safetensors` holds `input_ids`, `labels` and `segment_ids`
 (micro-batches, ranks, packs, tokens), `packs` (which packs of the training data, without the last axis) and `loss_sums`
-(of each pack, without dropout); `step.json` says the rest. `safetensors.torch.load_file` reads it.
+(of each pack, without dropout); `step.json` says the rest. `safetensors.torch.load_file` reads it, and
+`python -m finetune replay` forwards it again.
 """
 
 from collections.abc import Mapping, Sequence

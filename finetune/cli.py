@@ -114,6 +114,13 @@ def summary(options: argparse.Namespace) -> int:
     return print_summary(options.run)
 
 
+def replay(options: argparse.Namespace) -> int:
+    """Forward the batch of a step that was not finite again, and print the loss of each of its sequences."""
+    from finetune.replay import replay as replay_step
+
+    return replay_step(options.step, options.model)
+
+
 def hosts(options: argparse.Namespace) -> int:
     """Print ranks, hosts, ranks on one host and the first host's address of a hostfile."""
     print(describe(read_hostfile(options.hostfile), options.node_rank))
@@ -182,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
             sub.add_argument("--format", choices=("merged", "adapter"), required=True)
             sub.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest, best or step-N")
+    sub = _add(commands, replay)
+    sub.add_argument("step", type=Path, metavar="STEP", help="folder that keeps it, such as runs/tiny/crash/step-40")
+    sub.add_argument("--model", type=Path, metavar="DIR", help="weights, such as a merged export; the base without it")
     for command in (hosts, across):
         sub = _add(commands, command)
         sub.add_argument("hostfile", type=Path, metavar="HOSTFILE", help="lines of NAME slots=N")

@@ -152,10 +152,10 @@ def training_state(engine: ExpertEngine, world: World) -> dict[str, Tensor]:
             value = engine.optimizer.read(parameter, kind)
             if not is_expert_parameter(name):
                 if world.is_main:
-                    tensors[f"{name}::{kind}"] = value.detach().cpu().clone()
+                    tensors[f"{name}::{kind}"] = value.detach().to("cpu", copy=True)
             elif world.expert_data_rank == 0:
                 for place, expert in enumerate(engine.module.local_experts):
-                    tensors[f"{name}::{kind}::{expert}"] = value[place].detach().cpu().clone()
+                    tensors[f"{name}::{kind}::{expert}"] = value[place].detach().to("cpu", copy=True)
     return tensors
 
 

@@ -208,7 +208,8 @@ class Checkpoint(Section):
     keep: Count = 2
     """How many are kept, the newest."""
     keep_best: bool = False
-    """Whether the one with the lowest held-out loss is kept too; an evaluation that finds a lower loss writes one."""
+    """Whether the one with the lowest held-out loss is kept too; an evaluation that finds a lower loss writes one, a
+    few steps later where the one before is still being written then."""
 
 
 class Output(Section):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from finetune.checkpoint.export import export_adapter, export_merged, split_trained
-from finetune.checkpoint.folder import fingerprint
+from finetune.checkpoint.fingerprint import is_of
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import chosen_checkpoint, open_state
 from finetune.checkpoint.weights import resolve_model
@@ -29,7 +29,7 @@ def export_run(run: Path, to: Path, *, kind: str, which: str = "newest") -> int:
     checkpoint = chosen_checkpoint(run / "checkpoints", which, print)
     state, tensors = open_state(checkpoint)
     base = resolve_model(recipe.model.path)
-    if state["base"] != fingerprint(base):
+    if not is_of(state["base"], base):
         raise CheckpointError(
             f"{checkpoint}: was trained on other base weights than {base} holds now; put those back to export it"
         )

@@ -1,5 +1,6 @@
 """A run's checkpoints as all ranks see them: begun together, written while training goes on, gone on from."""
 
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from data.loader import Loader
 from data.sources import DataError
 from finetune import engine as engines
 from finetune.assembly import Say
+from finetune.checkpoint.fingerprint import is_of
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import TensorStore, check_nothing_lost, newest_checkpoint, open_state
 from finetune.checkpoint.writer import Writer, Written
@@ -55,7 +57,7 @@ class Saving:
     def begin(
         self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], *, began: float, spare: list[int]
     ) -> None:
-        """Hand over a state that is in host memory, after `settle`, and return at once. Every rank calls it.
+        """Hand over a state that is in host memory, once `is_free`, and return at once. Every rank calls it.
 
         Args:
             tensors: what this rank answers for.
@@ -79,13 +81,24 @@ class Saving:
         Raises:
             RankError: it could not be written; on all ranks, with the sentence of the one that found out.
         """
+        self.is_free(math.inf)
+        return self.done()
+
+    def is_free(self, seconds: float) -> bool:
+        """Whether nothing is being written on any rank, after waiting about so long for it. Communicates.
+
+        Raises:
+            RankError: it could not be written; on all ranks, with the sentence of the one that found out.
+        """
+        looks = seconds / SECONDS_BETWEEN_LOOKS  # counted, since clocks would not agree on the last one
         while True:
             state = torch.tensor([self._writer.busy, self._writer.failed], dtype=torch.float32)
             busy, failed = self._world.sum(state.to(self._world.device)).tolist()
             if failed:
                 self.tell_failure()
-            if not busy:
-                return self.done()
+            if not busy or looks <= 0:
+                return not busy
+            looks -= 1
             self._writer.wait(SECONDS_BETWEEN_LOOKS)
 
     def tell_failure(self) -> None:
@@ -94,8 +107,11 @@ class Saving:
         Raises:
             RankError: says which rank could not write what.
         """
-        with self._world.together(CheckpointError):
-            self._writer.finish()
+        try:
+            with self._world.together(CheckpointError):
+                self._writer.finish()
+        finally:  # a rank that still waited would be deaf to its launcher meanwhile, which is ending all of them
+            self._writer.abandon()
 
     def close(self) -> None:
         """End what is still being written, within seconds; every rank on its own, in whatever state the others are."""
@@ -103,18 +119,20 @@ class Saving:
 
 
 def resume(
-    root: Path, engine: ExpertEngine, loader: Loader, world: World, *, base: str, base_name: str, say: Say
+    root: Path, engine: ExpertEngine, loader: Loader, world: World, *, base: Path, base_name: str, say: Say
 ) -> tuple[dict[str, Any], TensorStore] | None:
     """Put the newest whole checkpoint into engine and loader; return its state and tensors, or None. Collective.
 
     Args:
-        base: fingerprint of the base weights that the run stands on.
-        base_name: the same for people.
+        base: folder of the base weights that the run stands on.
+        base_name: what the recipe calls it.
 
     Raises:
-        RankError: the checkpoint is of other base weights or other data, or there were some and none is whole.
+        RankError: the checkpoint is of other base weights or other data, or there were some and none is whole,
+            or the disk cannot be read.
     """
-    found = newest_checkpoint(root) if world.is_main else None
+    with world.together(CheckpointError):
+        found = newest_checkpoint(root) if world.is_main else None
     folder, skipped = cast(tuple[Path | None, list[str]], world.gather(found)[0])
     for sentence in skipped:
         say(sentence)
@@ -125,7 +143,7 @@ def resume(
         return None
     with world.together(CheckpointError, DataError):
         state, tensors = open_state(folder)
-        if state["base"] != base:
+        if not is_of(state["base"], base):
             raise CheckpointError(
                 f"{folder}: belongs to other base weights than {base_name} holds now; put them back, or start a new run"
                 " under another name"

@@ -14,12 +14,12 @@ from data.packing import Batch
 from finetune import engine as engines
 from finetune.assembly import Say, assemble
 from finetune.broken_step import MOST_IN_A_ROW, LeftOut, keep_batch, losses_of_packs, origin
-from finetune.checkpoint.folder import fingerprint
+from finetune.checkpoint.fingerprint import fingerprint
 from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.resume import newest_checkpoint
+from finetune.checkpoint.resume import newest_name
 from finetune.evaluation import ProbedRouting, compare_routing, held_out, probe_routing, to_device
 from finetune.optim import learning_rate
-from finetune.parallel.world import World, was_launched
+from finetune.parallel.world import RankError, World, was_launched
 from finetune.recipe import Recipe, RecipeError
 from finetune.run_folder import claim, mark_finished
 from finetune.saving import Saved, Saving, resume
@@ -31,6 +31,8 @@ from monitoring.routing import LayerDrift, RoutingSnapshot, routing_drift, routi
 from monitoring.run_id import keep_run_id, run_id
 from monitoring.sinks import Sinks, open_sinks
 
+SECONDS_FOR_THE_ONE_BEFORE = 2  # for which a step waits, once, so that its own checkpoint need not be put off
+
 
 class TrainingError(ValueError):
     """A run that must not go on: says what happened, at which step, and from where it can be continued."""
@@ -41,7 +43,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: Path, base: Path, world: World, say: Say):
         self.recipe, self.folder, self.world = recipe, folder, world
-        self.base = fingerprint(base)
+        self.base, self.base_folder = fingerprint(base), base
         self.watch = Watch(folder, world.rank, STALL_SECONDS)
         self.reasons_to_stop: list[str] = []
         parts = assemble(recipe, base, world, say)
@@ -56,6 +58,8 @@ class Run:
         self.health = Health()
         self.best: dict[str, float] | None = None  # step and loss of the lowest held-out loss so far
         self.left_out = LeftOut()
+        self.put_off = False  # a save that was due while the one before was still being written
+        self.best_unsaved = False  # the lowest held-out loss has no checkpoint yet
         self.step = self._resume(say)
         self.saving = Saving(folder / "checkpoints", world, keep=recipe.checkpoint.keep)
         self.sinks = self._open_sinks()
@@ -94,8 +98,7 @@ class Run:
             self._report(lr)
             is_best = self._due(recipe.train.eval_every_steps) and self._evaluate() and recipe.checkpoint.keep_best
             stopping = self._asked_to_stop()
-            if stopping or is_best or self._due(recipe.checkpoint.every_steps):
-                self._save()
+            self._save_when_free(now=stopping is not None, is_best=is_best)
             if stopping and self.step < recipe.train.steps:
                 self._record_saved(self.saving.settle())
                 self._record(
@@ -124,6 +127,7 @@ class Run:
         self._record(Finding(self.step, "stop" if stopping else "warn", "not_finite", None, message).record())
         if not stopping:
             return
+        newest = self._newest()
         kept = self.folder / "crash" / f"step-{self.step}"
         where = f"its batch is in {kept}"
         try:
@@ -135,7 +139,7 @@ class Run:
             if self.recipe.train.on_nan == "stop"
             else f"{MOST_IN_A_ROW} steps in a row are no accident of the data; lower optim.lr, or look at the weights"
         )
-        raise TrainingError(f"{found}; {where}; {self._newest()}; the same command comes to this step again; {advice}")
+        raise TrainingError(f"{found}; {where}; {newest}; the same command comes to this step again; {advice}")
 
     def _facts_of_step(self) -> dict[str, Any]:
         """What a step is taken with beside its batch."""
@@ -152,8 +156,14 @@ class Run:
         }
 
     def _newest(self) -> str:
-        kept, _ = newest_checkpoint(self.folder / "checkpoints")
-        return f"the newest whole checkpoint is {kept}" if kept else "there is no checkpoint yet"
+        """Let what is being written become whole, then say from where this run can go on. Collective."""
+        broken = ""
+        try:
+            self._record_saved(self.saving.settle())
+        except RankError as error:  # on all ranks; it must not hide why the run ends
+            broken = f"{error}; "
+        kept = newest_name(self.folder / "checkpoints")
+        return broken + (f"the newest whole checkpoint is {kept}" if kept else "there is no checkpoint yet")
 
     def _asked_to_stop(self) -> str | None:
         """Why this run is to end in order now, if any rank has been told so. Two numbers are communicated.
@@ -243,16 +253,44 @@ class Run:
         self.report_started += time.perf_counter() - paused
         return is_best
 
-    def _save(self) -> None:
-        """Begin to write a checkpoint that a run on any number of ranks can go on from. Collective.
+    def _save_when_free(self, *, now: bool, is_best: bool) -> None:
+        """Save if that is due, or was and had to be put off because the one before is still being written. Collective.
 
-        Training stands still while the one before is finished and this one's tensors are copied to host memory.
+        Training stands still for the one before at most `SECONDS_FOR_THE_ONE_BEFORE`, once, so that a write of a moment
+        shifts no checkpoint to another step; one of minutes goes on beside the steps that follow.
+
+        Args:
+            now: the run is about to stop, so wait for as long as it takes; it does so after the last step too.
+            is_best: the held-out loss is the lowest so far, and a checkpoint is to keep it.
 
         Raises:
             RankError: the one before could not be written.
         """
+        self.best_unsaved |= is_best
+        if not (now or is_best or self.put_off or self._due(self.recipe.checkpoint.every_steps)):
+            return
         began = time.perf_counter()
-        self._record_saved(self.saving.settle())
+        if now or self.step == self.recipe.train.steps:
+            patience = math.inf
+        else:
+            patience = 0 if self.put_off else SECONDS_FOR_THE_ONE_BEFORE
+        self.put_off = not self.saving.is_free(patience)
+        if not self.put_off:
+            self._save(began)
+        self.report_started += time.perf_counter() - began
+
+    def _save(self, began: float) -> None:
+        """Begin to write a checkpoint that a run on any number of ranks can go on from. Collective.
+
+        Training stands still while its tensors are copied to host memory.
+
+        Args:
+            began: `time.perf_counter()` when it began to stand still.
+        """
+        self._record_saved(self.saving.done())
+        if self.best and self.best_unsaved and self.best["step"] != self.step:  # put off since it was measured
+            self.best |= {"step": self.step, "measured": self.best["step"]}
+        self.best_unsaved = False
         tensors = engines.training_state(self.engine, self.world)
         windows = self.world.sum(self.windows.sums.clone()).cpu()
         if self.world.is_main:
@@ -268,10 +306,12 @@ class Run:
         keep_best = self.recipe.checkpoint.keep_best and self.best
         spare = [int(self.best["step"])] if keep_best and self.best else []
         self.saving.begin(self.step, tensors, state, began=began, spare=spare)
-        self.report_started += time.perf_counter() - began
 
     def _record_saved(self, saved: Saved | None) -> None:
         """Write the line of a checkpoint that has become whole."""
+        if saved and (why := saved.written.not_deleted):
+            message = f"an older checkpoint could not be deleted ({why}); see that the disk does not fill"
+            self._record({"kind": "action", "step": saved.written.step, "message": message})
         if saved:
             self._record(
                 {
@@ -290,7 +330,7 @@ class Run:
             self.engine,
             self.loader,
             self.world,
-            base=self.base,
+            base=self.base_folder,
             base_name=self.recipe.model.path,
             say=say,
         )
@@ -339,8 +379,9 @@ class Run:
         told = self.world.sum(torch.tensor(float(len(self.reasons_to_stop)), device=self.world.device))
         if not told:
             return
-        reasons = next(reasons for reasons in self.world.gather(self.reasons_to_stop) if reasons)
-        raise TrainingError(f"step {self.step}: stopped: {'; '.join(reasons)}; {self._newest()}")  # type: ignore[arg-type]
+        everyone = cast(list[list[str]], self.world.gather(self.reasons_to_stop))
+        reasons = next(reasons for reasons in everyone if reasons)
+        raise TrainingError(f"step {self.step}: stopped: {'; '.join(reasons)}; {self._newest()}")
 
 
 def peak_bytes(device: torch.device) -> int:

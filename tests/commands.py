@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from finetune.checkpoint.folder import fingerprint
+from finetune.checkpoint.fingerprint import fingerprint
 from finetune.recipe import load_recipe
 from finetune.run_folder import claim
 from monitoring.metrics import read_metrics

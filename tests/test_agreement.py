@@ -71,6 +71,23 @@ def test_ranks_with_the_same_of_everything_go_on(answers: dict[str, str | None])
     assert answers["nothing"] is None
 
 
+def told_of_a_full_disk(rank: int, folder: Path) -> str | None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    setattr(Path, "touch", full)  # noqa: B010 - in this process, which is the rank's own
+    try:
+        check_agreement(recipe(), folder / "one" / "tiny", folder / "base", worlds.start(1))
+    except RankError as error:
+        return str(error)
+    return None
+
+
+def test_a_disk_without_room_for_one_file_is_told_by_all(folder: Path) -> None:
+    sentence = f"output.dir: {folder}/one cannot be written (No space left on device)"
+    assert ranks(2, told_of_a_full_disk, folder) == [sentence] * 2
+
+
 def test_a_run_folder_that_is_not_shared_is_refused(answers: dict[str, str | None], folder: Path) -> None:
     sentence = answers["run folder"]
     assert sentence is not None

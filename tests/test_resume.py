@@ -13,10 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune import saving as savings
+from finetune.checkpoint import resume as resumes
 from finetune.checkpoint import writer as writers
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import check_nothing_lost, chosen_checkpoint, newest_checkpoint, open_state
 from finetune.checkpoint.writer import Writer
+from finetune.parallel import world as worlds
+from finetune.parallel.world import RankError
+from tests.ranks import ranks
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -111,6 +116,11 @@ def change_state(path):
     path.write_text(path.read_text().replace('"cursor": 300', '"cursor": 301'))
 
 
+def into_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
 @pytest.mark.parametrize(
     ("damage", "file", "sentence"),
     [
@@ -125,6 +135,17 @@ def change_state(path):
             "manifest.json",
             "{folder}/manifest.json: not a manifest of a checkpoint; it was changed or cut short",
         ),
+        (
+            lambda path: path.write_text("[]"),
+            "manifest.json",
+            "{folder}/manifest.json: not a manifest of a checkpoint; it was changed or cut short",
+        ),
+        (
+            into_folder,
+            "manifest.json",
+            "{folder}/manifest.json: cannot be read ([Errno 21] Is a directory: '{folder}/manifest.json'); check the"
+            " file and its disk",
+        ),
     ],
     ids=[
         "part gone",
@@ -134,6 +155,8 @@ def change_state(path):
         "only a newline cut",
         "state edited",
         "manifest empty",
+        "manifest a list",
+        "manifest a folder",
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_with_one_sentence(damage, file, sentence, tmp_path):
@@ -154,6 +177,89 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_sentence(damage, file, sen
     write(tmp_path, 30, ranks=2)
     assert newest_checkpoint(tmp_path) == (folder, [])
     assert names(tmp_path) == ["step-10", "step-20", "step-30"]
+
+
+def test_a_checkpoint_whose_disk_gives_up_is_passed_over(tmp_path, monkeypatch):
+    for step in (10, 20):
+        write(tmp_path, step)
+
+    def broken(path, hash_of=resumes.hash_of):
+        if path.parent.name == "step-20":
+            raise OSError(5, "Input/output error")
+        return hash_of(path)
+
+    monkeypatch.setattr(resumes, "hash_of", broken)
+    told = [f"{tmp_path}/step-20: passed over, cannot be read ([Errno 5] Input/output error)"]
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step-10", told)
+
+
+def no_list(root):
+    raise CheckpointError(f"{root}: cannot be read ([Errno 5] Input/output error); check the folder and its disk")
+
+
+def told_of_a_root_that_cannot_be_read(rank, root):
+    savings.newest_checkpoint = no_list  # in this process, which is the rank's own
+    world = worlds.start(1)
+    try:
+        savings.resume(root, None, None, world, base="", base_name="", say=print)
+    except RankError as error:
+        return str(error)
+
+
+def test_all_ranks_are_told_that_the_checkpoints_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "iterdir", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    sentence = f"{tmp_path}: cannot be read ([Errno 5] Input/output error); check the folder and its disk"
+    with pytest.raises(CheckpointError, match=re.escape(sentence)):
+        newest_checkpoint(tmp_path)
+    monkeypatch.undo()
+    assert ranks(2, told_of_a_root_that_cannot_be_read, tmp_path) == [sentence] * 2
+
+
+def test_an_older_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_path, monkeypatch):
+    write(tmp_path, 10)
+    monkeypatch.setattr(writers, "_delete", lambda folder: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    writer = Writer(tmp_path, rank=0, ranks=1, token="t0", keep=1)
+    writer.begin(20, part_of(0, 1, 20), {})
+    writer.wait()
+    written = writer.finish()
+    writer.close()
+    assert (written.step, written.not_deleted) == (20, "[Errno 5] Input/output error")
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step-20", [])
+
+
+def test_what_an_orphan_still_writes_into_waits_for_the_next_write(tmp_path, monkeypatch):
+    """Between the list of a folder's files and its own deletion a rank of the killed run adds a file."""
+    left = tmp_path / "step-10.old1.tmp"
+    left.mkdir()
+    rmdir = os.rmdir
+
+    def and_one_more(path, **more):
+        (left / "part-00001.safetensors").touch()
+        rmdir(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", and_one_more)
+        write(tmp_path, 20)
+    assert names(tmp_path) == ["step-10.old1.tmp", "step-20"]
+    write(tmp_path, 30)
+    assert names(tmp_path) == ["step-20", "step-30"]
+
+
+def seconds_to_close(rank, root):
+    """After rank 0 failed before it made the folder that rank 1 waits for."""
+    if rank == 0:
+        writers._clear = no_list  # in this process, which is the rank's own
+    saving = savings.Saving(root, worlds.start(1), keep=1)
+    saving.begin(1, part_of(rank, 2, 1), {}, began=time.perf_counter(), spare=[])
+    with pytest.raises(RankError, match="cannot be read"):
+        saving.settle()
+    began = time.perf_counter()
+    saving.close()
+    return time.perf_counter() - began
+
+
+def test_ranks_that_know_of_a_failed_write_do_not_wait_for_it(tmp_path):
+    assert max(ranks(2, seconds_to_close, tmp_path)) < writers.SECONDS_FOR_OTHERS / 2
 
 
 def test_a_damaged_later_checkpoint_never_costs_the_one_just_written(tmp_path):

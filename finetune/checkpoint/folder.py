@@ -1,6 +1,5 @@
 """Folders that appear whole or not at all: written beside their final name, flushed to the disk, then renamed."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from monitoring.files import replace_file
 
 # Tells a folder that an earlier, interrupted write left behind from one that happens to have its name.
 _MARKER = ".being-written"
-_SAMPLE_BYTES = 64 * 1024
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
@@ -78,20 +76,3 @@ def copy_companions(base: Path, to: Path) -> None:
     templates = base / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, to / templates.name, copy_function=shutil.copyfile)
-
-
-def fingerprint(folder: Path) -> str:
-    """What tells one checkpoint folder from another without reading all of it: a sha256, the same on every machine.
-
-    Over `config.json` and, of each file of weights, its name, its size and 64 KiB at eight places, the first and the
-    last among them.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for place in range(8):
-                file.seek(max(0, size - _SAMPLE_BYTES) * place // 7)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()

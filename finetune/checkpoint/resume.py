@@ -53,11 +53,18 @@ def newest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and one sentence for each newer one that had to be passed over.
 
     Reads every byte of it, to compare hashes: call it on one rank and tell the others.
+
+    Raises:
+        CheckpointError: the list of checkpoints cannot be read.
     """
     told = []
-    if not root.is_dir():
-        return None, []
-    for folder in sorted(root.iterdir(), key=step_of, reverse=True):
+    try:
+        if not root.is_dir():
+            return None, []
+        folders = sorted(root.iterdir(), key=step_of, reverse=True)
+    except OSError as error:
+        raise CheckpointError(f"{root}: cannot be read ({error}); check the folder and its disk") from error
+    for folder in folders:
         if LEFTOVER.fullmatch(folder.name):
             told.append(f"{folder}: passed over, the run stopped while it was being written or deleted")
         elif STEP.fullmatch(folder.name) and folder.is_dir():
@@ -138,10 +145,15 @@ def open_state(folder: Path) -> tuple[dict[str, Any], TensorStore]:
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file is there and has the hash that was recorded."""
     try:
-        manifest = _read_manifest(folder)
+        return _fault_of_parts(folder, _read_manifest(folder)["parts"])
     except CheckpointError as error:
         return str(error)
-    for part in manifest["parts"]:
+    except OSError as error:  # a disk that gives up while one of the files is hashed
+        return f"cannot be read ({error})"
+
+
+def _fault_of_parts(folder: Path, parts: list[dict[str, Any]]) -> str | None:
+    for part in parts:
         path = folder / part["file"]
         if not path.exists():
             return f"{path.name} is missing"
@@ -162,7 +174,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         recorded = manifest.pop("sha256")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; this is not a checkpoint of a run") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError):
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); check the file and its disk") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{path}: not a manifest of a checkpoint; it was changed or cut short") from None
     if recorded != hash_of_values(manifest):
         raise CheckpointError(

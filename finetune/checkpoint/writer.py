@@ -45,6 +45,7 @@ class Written:
     step: int
     folder: Path
     seconds: float  # from the hand-over to the rename
+    not_deleted: str | None = None  # why an older one is still there that should not be
 
 
 class Writer:
@@ -103,10 +104,15 @@ class Writer:
         job, self._job = self._job, None
         return job.result()
 
+    def abandon(self) -> None:
+        """Wait no longer for what other ranks write: it can no longer become whole."""
+        self._abandoned.set()
+
     def close(self) -> None:
         """End the thread: what it writes is finished, but for parts of other ranks it waits only seconds."""
-        self.wait(SECONDS_FOR_OTHERS)
-        self._abandoned.set()
+        if not self._abandoned.is_set():
+            self.wait(SECONDS_FOR_OTHERS)
+        self.abandon()
         self._thread.shutdown()
 
     def _write(self, step: int, tensors: dict[str, Tensor], described: str, spare: Collection[int]) -> Written | None:
@@ -123,7 +129,7 @@ class Writer:
                 return None
             self._wait_for_parts(partial)
             _commit(partial, final, step, self._ranks, described)
-            _prune(self._root, step, self._keep, spare)
+            not_deleted = _prune(self._root, step, self._keep, spare)
         except CheckpointError:
             self._drop(partial)
             raise
@@ -132,7 +138,7 @@ class Writer:
             raise CheckpointError(
                 f"{final}: rank {self._rank} could not write it ({error}); the checkpoints before it are whole"
             ) from error
-        return Written(step, final, time.perf_counter() - began)
+        return Written(step, final, time.perf_counter() - began, not_deleted)
 
     def _drop(self, partial: Path) -> None:
         """Remove what can no longer become a checkpoint; rank 0 ends last, and a full disk needs the space."""
@@ -190,12 +196,17 @@ def _commit(partial: Path, final: Path, step: int, ranks: int, described: str) -
     sync(final.parent)
 
 
-def _prune(root: Path, step: int, keep: int, spare: Collection[int]) -> None:
-    found = {step_of(path): path for path in root.iterdir() if STEP.fullmatch(path.name)}
-    older = sorted(number for number in found if number < step)
-    for number in older[: max(0, len(older) + 1 - keep)]:
-        if number not in spare:
-            _delete(found[number])
+def _prune(root: Path, step: int, keep: int, spare: Collection[int]) -> str | None:
+    """Delete older checkpoints; say why one could not be, since the new one is whole all the same."""
+    try:
+        found = {step_of(path): path for path in root.iterdir() if STEP.fullmatch(path.name)}
+        older = sorted(number for number in found if number < step)
+        for number in older[: max(0, len(older) + 1 - keep)]:
+            if number not in spare:
+                _delete(found[number])
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _delete(folder: Path) -> None:
@@ -207,8 +218,8 @@ def _delete(folder: Path) -> None:
 
 def _clear(root: Path) -> None:
     for path in root.glob("step-*.tmp"):
-        if LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path)
+        if LEFTOVER.fullmatch(path.name):  # one that a rank of a killed run still writes into goes the next time
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def step_of(folder: Path) -> int:

@@ -1,0 +1,88 @@
+"""A step that was not finite, taken again: the batch that `crash/step-N/` keeps, forwarded through a folder's weights.
+
+On the CPU, without training: what remains is the data and the weights. To replay it with what the run had learnt,
+export its checkpoint as a merged model and name that folder.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune.assembly import dtype_of
+from finetune.checkpoint.fingerprint import is_of
+from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.weights import from_pretrained, resolve_model
+from finetune.model.model import HybridMoEForCausalLM
+from finetune.results import recipe_of
+
+
+def replay(kept: Path, folder: Path | None) -> int:
+    """Print the loss of every sequence of a kept step, as it was and as it is now.
+
+    Args:
+        kept: `RUN/crash/step-N`.
+        folder: of the weights; by default the base of the run.
+
+    Returns:
+        0 when the same sequences are not finite as then, else 1.
+
+    Raises:
+        CheckpointError: the step or the weights cannot be read, or the base is no longer the one of that step.
+        RecipeError: `kept` does not lie in the folder of a run.
+    """
+    recipe = recipe_of(kept.absolute().parent.parent)
+    tensors, facts = read_step(kept)
+    if folder is None:
+        folder = resolve_model(recipe.model.path)
+        if not is_of(facts["base"], folder):
+            raise CheckpointError(
+                f"{kept}: was taken on other base weights than {folder} holds now; put those back, or name a folder"
+                " with --model"
+            )
+    print(f"step {facts['step']} of {recipe.name} on the weights in {folder}", flush=True)
+    device = torch.device("cpu")
+    losses = losses_of_step(from_pretrained(folder, dtype=dtype_of(recipe, device), device=device), tensors)
+    for (place, rank, pack), number in zip(_places(tensors["packs"]), tensors["packs"].flatten().tolist(), strict=True):
+        before, now = tensors["loss_sums"][place, rank, pack], losses[place, rank, pack]
+        print(f"sequence {number} (rank {rank}, micro-batch {place}): the loss summed to {before:.6g}, now {now:.6g}")
+    same = torch.equal(losses.isfinite(), tensors["loss_sums"].isfinite())
+    print("not finite in the same sequences" if same and not losses.isfinite().all() else _verdict(same))
+    return 0 if same else 1
+
+
+def _verdict(same: bool) -> str:
+    if same:
+        return "finite in all sequences, now as then: it was the gradient"
+    return "not the same as then: it depends on what the run had learnt; export its checkpoint and name it with --model"
+
+
+def read_step(kept: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the facts that `keep_batch` wrote.
+
+    Raises:
+        CheckpointError: there are none, or they cannot be read.
+    """
+    try:
+        return load_file(kept / "batches.safetensors"), json.loads((kept / "step.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{kept}: holds no batch of a step that can be read ({error})") from None
+
+
+@torch.no_grad()
+def losses_of_step(model: HybridMoEForCausalLM, tensors: dict[str, Tensor]) -> Tensor:
+    """Summed loss of every pack by itself, without dropout: (micro-batches, ranks, packs), float64."""
+    model.eval()
+    losses = torch.zeros(tensors["packs"].shape, dtype=torch.float64)
+    for at in _places(tensors["packs"]):
+        ids, labels, segments = (tensors[name][at][None] for name in ("input_ids", "labels", "segment_ids"))
+        losses[at] = model(ids, segments, labels=labels).loss_sum
+    return losses
+
+
+def _places(packs: Tensor) -> list[tuple[int, int, int]]:
+    return [(int(a), int(b), int(c)) for a, b, c in torch.ones_like(packs).nonzero()]
