@@ -1,10 +1,11 @@
 """What can end a run from outside, noticed by every rank: a signal, a launcher that died, a step that never returns.
 
 A scheduler's SIGTERM (or SIGUSR1) is a wish: the loop asks `asked_to_stop` after each step, saves, and leaves in order.
-A launcher that was killed leaves its ranks behind without a word; the guard turns that into the same wish. When a step
-does not return, on this rank or because another hangs, the guard writes the stack of every thread to
-`crash/rankR.stack`. The rank ends a minute later: when the first one ends the others are ended with it, and by then all
-of them have written. A timer outside Python's control does both for a rank whose guard cannot run.
+The same signal often comes twice at once, from whoever stops the job and from the launcher that it stops; only one that
+comes later means at once. A launcher that was killed leaves its ranks behind without a word; the guard turns that into
+the same wish. When a step does not return, on this rank or because another hangs, the guard writes the stack of every
+thread to `crash/rankR.stack`. The rank ends a minute later: when the first one ends the others are ended with it, and by
+then all of them have written. A timer outside Python's control does both for a rank whose guard cannot run.
 """
 
 import faulthandler
@@ -22,21 +23,32 @@ import psutil
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STALL_SECONDS = 3600.0  # no step, evaluation or checkpoint takes an hour; a hang in a collective takes for ever
 GRACE_SECONDS = 60.0  # from the stack to the end: the ranks notice a hang as far apart as they began the step
+REPEAT_SECONDS = 10.0  # a signal that comes again within these is still the first wish
 GUARD_SECONDS = 1.0  # between two looks at the launcher and the clock
 
 
 class Watch:
     """Watches over one rank from `begin` to `end`."""
 
-    def __init__(self, folder: Path, rank: int, stall_seconds: float, grace_seconds: float = GRACE_SECONDS):
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        stall_seconds: float,
+        grace_seconds: float = GRACE_SECONDS,
+        repeat_seconds: float = REPEAT_SECONDS,
+    ):
         """Nothing is watched yet.
 
         Args:
             folder: of the run.
             stall_seconds: the longest that may pass between two beats.
             grace_seconds: how much later the rank ends.
+            repeat_seconds: how long after the first signal another one is not yet a second wish.
         """
         self.asked_to_stop: str | None = None
+        self._repeat_seconds = repeat_seconds
+        self._signalled_at: float | None = None  # time.monotonic() of the first signal
         self._stack_path = folder / "crash" / f"rank{rank}.stack"
         self._stall_seconds, self._grace_seconds = stall_seconds, grace_seconds
         self._launcher: list[int] | None = None
@@ -80,9 +92,10 @@ class Watch:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked_to_stop is not None:  # asked twice: at once
+        if self._signalled_at is None:
+            self._signalled_at, self.asked_to_stop = time.monotonic(), signal.Signals(number).name
+        elif time.monotonic() - self._signalled_at > self._repeat_seconds:  # asked twice: at once
             os._exit(128 + number)
-        self.asked_to_stop = signal.Signals(number).name
 
     def _guard(self) -> None:
         while not self._over.wait(GUARD_SECONDS):

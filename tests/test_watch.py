@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,7 +15,7 @@ RANK = """
 import sys, time
 from pathlib import Path
 from finetune.watch import Watch
-watch = Watch(Path(sys.argv[1]), 3, stall_seconds=float(sys.argv[2]), grace_seconds=2)
+watch = Watch(Path(sys.argv[1]), 3, stall_seconds=float(sys.argv[2]), grace_seconds=2, repeat_seconds=2)
 watch.begin(launched=True)
 print("ready", flush=True)
 if sys.argv[3] == "hangs":
@@ -24,6 +25,8 @@ while watch.asked_to_stop is None:
     if sys.argv[3] == "beats":
         watch.beat()
 print("stopping:", watch.asked_to_stop, flush=True)
+if sys.argv[3] == "saves":
+    time.sleep(1)
 if sys.argv[3] == "stubborn":
     time.sleep(60)
 watch.end()
@@ -60,8 +63,20 @@ def test_asked_twice_is_at_once(tmp_path: Path) -> None:
     assert first_line(rank) == "ready\n"
     rank.send_signal(signal.SIGTERM)
     assert first_line(rank) == "stopping: SIGTERM\n"
+    time.sleep(2.5)
     rank.send_signal(signal.SIGTERM)
     assert rank.wait(timeout=10) == 128 + signal.SIGTERM
+
+
+def test_the_same_wish_from_two_sides_is_one_wish(tmp_path: Path) -> None:
+    """Who signals a whole group reaches the rank, and DeepSpeed's launcher, which hands it on milliseconds later."""
+    rank = start(tmp_path, 30, "saves")
+    assert first_line(rank) == "ready\n"
+    rank.send_signal(signal.SIGTERM)
+    assert first_line(rank) == "stopping: SIGTERM\n"
+    rank.send_signal(signal.SIGTERM)
+    assert rank.communicate(timeout=20)[0] == "False\n"
+    assert rank.returncode == 0
 
 
 def test_the_death_of_the_launchers_parent_is_noticed(tmp_path: Path) -> None:
@@ -69,6 +84,22 @@ def test_the_death_of_the_launchers_parent_is_noticed(tmp_path: Path) -> None:
     assert first_line(runner) == "ready\n"
     runner.kill()  # the launcher lives on and waits for its rank, which would train on for nobody
     assert first_line(runner) == "stopping: the launcher died\n"
+
+
+def test_a_signal_after_the_launcher_died_is_the_first_wish(tmp_path: Path) -> None:
+    """`launch.sh`, which sees ranks left behind, sends one while they save."""
+    runner = start(tmp_path, 30, "stubborn", above=2)
+    assert first_line(runner) == "ready\n"
+    launcher = psutil.Process(runner.pid).children()[0]
+    rank = launcher.children()[0]
+    runner.kill()
+    assert first_line(runner) == "stopping: the launcher died\n"
+    time.sleep(2.5)
+    rank.terminate()
+    with pytest.raises(psutil.TimeoutExpired):
+        rank.wait(timeout=3)
+    rank.terminate()
+    rank.wait(timeout=10)
 
 
 def test_a_hang_leaves_the_stack_of_every_thread(tmp_path: Path) -> None:
