@@ -21,7 +21,7 @@ from finetune.evaluation import ProbedRouting, compare_routing, held_out, probe_
 from finetune.optim import learning_rate
 from finetune.parallel.world import World, was_launched
 from finetune.recipe import Recipe, RecipeError
-from finetune.run_folder import claim, mark_finished
+from finetune.run_folder import claim, mark_finished, mark_stopped
 from finetune.saving import Saved, Saving, resume
 from finetune.step import optimize, seed_step, step_seed
 from finetune.watch import STALL_SECONDS, Watch
@@ -101,6 +101,9 @@ class Run:
                 self._record(
                     {"kind": "action", "step": self.step, "message": f"{stopping}: saved and stopped, resumable"}
                 )
+                if self.world.is_main:
+                    mark_stopped(self.folder, {"step": self.step, "reason": stopping})
+                self.world.barrier()
                 return
         self._record_saved(self.saving.settle())
         self._record({"kind": "end", "step": self.step})

@@ -4,8 +4,8 @@ A scheduler's SIGTERM (or SIGUSR1) is a wish: the loop asks `asked_to_stop` afte
 The same signal often comes twice at once, from whoever stops the job and from the launcher that it stops; only one that
 comes later means at once. A launcher that was killed leaves its ranks behind without a word; the guard turns that into
 the same wish. When a step does not return, on this rank or because another hangs, the guard writes the stack of every
-thread to `crash/rankR.stack`. The rank ends a minute later: when the first one ends the others are ended with it, and by
-then all of them have written. A timer outside Python's control does both for a rank whose guard cannot run.
+thread to `crash/rankR.stack`. The rank ends a minute later: when the first one ends the others are ended with it, and
+by then all of them have written. A timer outside Python's control does both for a rank whose guard cannot run.
 """
 
 import faulthandler
