@@ -54,8 +54,8 @@ def launch(machine: Hosts, here: Place, name: str) -> "subprocess.Popen[str]":
     )
 
 
-def settings(here: Place, name: str) -> list[str]:
-    return here.settings(name=name, **QUICK)
+def settings(here: Place, name: str, **changes: Any) -> list[str]:
+    return here.settings(name=name, **QUICK | changes)
 
 
 def wait_for_a_step(process: "subprocess.Popen[str]", folder: Path) -> None:
@@ -76,6 +76,64 @@ def since_start(text: str, before: int) -> str:
 def ranks_below(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     children = psutil.Process(process.pid).children(recursive=True)
     return [child for child in children if any(word.startswith("--local_rank=") for word in child.cmdline())]
+
+
+# train.py with a watch that does not wait for an hour, over ranks of which the second never comes back from one call.
+HANG = """
+import os, sys, time
+from finetune import launch, trainer
+from finetune.cli import main
+from finetune.failure import leave
+from finetune.watch import Watch
+
+where, before = sys.argv[1], int(sys.argv[2])
+real, calls = getattr(trainer, where), []
+
+def hangs(*arguments, **named):
+    calls.append(where)
+    if os.environ["RANK"] == "1" and len(calls) > before:
+        time.sleep(600)
+    return real(*arguments, **named)
+
+setattr(trainer, where, hangs)
+launch.Watch = lambda folder, rank, stall_seconds: Watch(folder, rank, stall_seconds=15, grace_seconds=8)
+leave(main(["train", *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.parametrize(("where", "before"), [("optimize", 5), ("assemble", 0)])
+def test_a_rank_that_hangs_leaves_the_stacks_of_all_and_the_same_command_goes_on(
+    where: str, before: int, here: Place, undisturbed: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """In a step, and while the run is put together; the collectives' own timeouts are those of every run."""
+    folder = here.run_folder(f"hangs-in-{where}")
+    (tmp_path / "hang.py").write_text(HANG)
+    command, arguments = launcher(2), [*TINY, *settings(here, folder.name, checkpoint__every_steps=2)]
+    # The launcher gives the script its rank as the first argument.
+    script = f"import runpy, sys; sys.argv[1:] = ['{where}', '{before}', *sys.argv[1:]]; runpy.run_path('hang.py')"
+    (tmp_path / "start.py").write_text(script)
+    process = start(*command[:-1], str(tmp_path / "start.py"), *arguments, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    stacks = {rank: folder / f"crash/rank{rank}.stack" for rank in range(2)}
+    assert all(stack.exists() for stack in stacks.values()), out + err
+    texts = {rank: stack.read_text() for rank, stack in stacks.items()}
+    assert all(text.startswith("no progress for 15 s, 20") for text in texts.values())
+    assert "in hangs" in texts[1]
+    assert f"in {where}" in texts[0] or where == "assemble"
+    for rank, stack in stacks.items():
+        assert (
+            f"nextune: rank {rank} on {os.uname().nodename}: no progress for 15 s; where it stands is in {stack}" in err
+        )
+    if where == "assemble":
+        return
+    process = start(*command, *arguments, cwd=here.folder)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, out + err
+    assert "continuing after step 4 from" in out
+    ended = tensors_of(folder)
+    assert all(torch.equal(ended[name], undisturbed[name]) for name in undisturbed)
+    assert {rank: stack.read_text() for rank, stack in stacks.items()} == texts
 
 
 def lives(rank: psutil.Process) -> bool:
