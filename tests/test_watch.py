@@ -152,11 +152,18 @@ def test_the_watch_comes_before_every_timeout(tmp_path: Path) -> None:
 def timeouts_of_groups(rank: int, expert_size: int) -> list[timedelta]:
     world = worlds.start(expert_size)
     assert (world.expert_group is None) == (expert_size == 1)
-    torch.distributed.new_group([0, 1])
-    worlds.set_timeouts()
     groups = list(distributed_c10d._world.pg_map)
     assert world.expert_group is None or world.expert_group in groups
-    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    as_started = [timeout_of(group) for group in groups]
+    later = torch.distributed.new_group([0, 1])
+    assert timeout_of(later) < TIMEOUT
+    worlds.set_timeouts()
+    return [*as_started, timeout_of(later)]
+
+
+def timeout_of(group: torch.distributed.ProcessGroup) -> timedelta:
+    timeout: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return timeout
 
 
 def test_beats_put_the_end_off(tmp_path: Path) -> None:
