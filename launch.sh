@@ -12,6 +12,9 @@ TORCH_WITHOUT_GPU=torch==2.13.0
 PORT_OF_HOSTS=29500 # where the ranks of several hosts meet, on the first of them
 GPU=                # "yes" on a machine with an NVIDIA GPU
 GROUP=              # process group of the launcher and its ranks while they run
+STOPPED=3           # exit code of `finetune finished` for a run that saved and stopped because it was asked to
+SAVE_SECONDS=600    # that ranks asked to stop may take for the step they are in and their checkpoint
+ASKED_AT=           # SECONDS when they were asked
 OVERRIDES=()        # --set key=value ... of the command line
 # The other options of a job, "" when not given; as usage says.
 HOSTFILE= NODE_RANK= MASTER_ADDR_GIVEN= MASTER_PORT_GIVEN=
@@ -254,7 +257,7 @@ lead_hosts() { # the recipe: this same script on every host, each of which then 
 }
 
 run_job() { # the recipe
-  local job run ranks nodes here first shape=()
+  local job run ranks nodes here first shape=() code=0
   job=(--recipe "$1" "${OVERRIDES[@]}")
   export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV TOKENIZERS_PARALLELISM=false
   if [[ -z $GPU || -z ${CUDA_VISIBLE_DEVICES-all} ]]; then export DS_ACCELERATOR=cpu; fi
@@ -268,10 +271,12 @@ run_job() { # the recipe
   else
     ranks=$(finetune ranks "${job[@]}")
   fi
-  if run=$(finetune finished "${job[@]}" 2>/dev/null); then
+  run=$(finetune finished "${job[@]}" 2>/dev/null) || code=$?
+  if [[ $code -eq 0 ]]; then
     leads || return 0
     say "This job is complete already."
   else
+    if [[ $code -eq $STOPPED ]] && leads; then rm -f "$run/stopped.json"; fi # says nothing about this start
     plan_job "${job[@]}" "${shape[@]}"
     if [[ -n $HOSTFILE ]]; then
       train "$here" "${job[@]}" -- --hostfile "$HOSTFILE" --no_ssh --node_rank "$NODE_RANK" \
@@ -282,8 +287,11 @@ run_job() { # the recipe
       train "$ranks" "${job[@]}"
     fi
     leads || return 0 # the first host says whether the run is complete
-    run=$(finetune finished "${job[@]}") || fail "the training ended, but its run is not complete; the same command" \
-      "continues it from its last checkpoint"
+    code=0
+    run=$(finetune finished "${job[@]}") || code=$?
+    if [[ $code -eq $STOPPED ]]; then leave_stopped; fi
+    [[ $code -eq 0 ]] || fail "the training ended, but its run is not complete; the same command continues it from its" \
+      "last checkpoint"
     rm -rf "$run/merged" # of an earlier training with fewer steps
   fi
   if [[ $1 -ef $ROOT/recipes/tiny.yaml && ! -e $run/merged ]]; then
@@ -339,19 +347,20 @@ train() { # number of ranks here, then the job; for several hosts also --, and w
   fi
   trap 'stop_training INT 130' INT
   trap 'stop_training TERM 143' TERM HUP
+  trap 'stop_training USR1 138' USR1
   set -m # the launcher and its ranks get a process group of their own
   deepspeed -q "${where[@]}" "$ROOT/finetune/train.py" "${job[@]}" </dev/null &
   GROUP=$!
   set +m
   wait "$GROUP" || code=$?
-  trap - INT TERM HUP
+  trap - INT TERM HUP USR1
   # When one of its two processes is killed, the launcher leaves the ranks running, and may even end with code 0.
   if group_lives; then
     complain "the launcher ended and left ranks behind; stopping them"
     end_group
     code=$((code ? code : 1))
   fi
-  report_end "$code"
+  report_end "$code" "${job[@]}"
 }
 
 train_task() { # the job, on one rank that SLURM started
@@ -364,42 +373,90 @@ train_task() { # the job, on one rank that SLURM started
   trap : INT TERM HUP USR1
   python "$ROOT/finetune/train.py" "$@" </dev/null || code=$?
   trap - INT TERM HUP USR1
-  report_end "$code"
+  report_end "$code" "$@"
 }
 
-report_end() { # the exit code of the training; leaves with it unless it is 0
+report_end() { # the exit code of the training, the job; leaves with it unless it is 0
   if [[ $1 -ne 0 ]]; then
+    leave_if_stopped "${@:2}" # the launcher's code is not that of ranks which ended in order
     complain "the training stopped with exit code $1; the same command continues it from its last checkpoint"
     exit "$1"
   fi
 }
 
-stop_training() { # the signal's name, the exit code to leave with
-  trap 'kill -KILL -- "-$GROUP" 2>/dev/null; exit 130' INT TERM HUP # asked twice: at once
-  complain "got SIG$1; stopping the ranks (again: at once)"
+leave_if_stopped() { # the job: exit code 0 if its run saved and stopped in order
+  local code=0
+  finetune finished "$@" >/dev/null 2>&1 || code=$?
+  if [[ $code -eq $STOPPED ]]; then leave_stopped; fi
+}
+
+leave_stopped() {
+  if leads; then say "Stopped in order, resumable: the same command continues the training where it stopped."; fi
+  exit 0
+}
+
+stop_training() { # the signal's name, the exit code to leave with when the ranks did not stop in order
+  ASKED_AT=$SECONDS
+  trap stop_at_once INT TERM HUP USR1
+  complain "got SIG$1; the ranks save and stop, within $((SAVE_SECONDS / 60)) minutes (again: at once)"
   end_group
+  # A list of commands must not go on after Ctrl-C as if this one had done its work.
+  if [[ $1 != INT ]]; then leave_if_stopped "${job[@]}"; fi
   complain "stopped; the same command continues the training from its last checkpoint"
   exit "$2"
 }
 
-end_group() { # TERM to the launcher and every rank; KILL to those still there after 40 seconds
-  local tenths
+stop_at_once() { # asked twice, unless the second is the first by another way: `timeout` signals child and group
+  if ((SECONDS - ASKED_AT < 2)); then return; fi
+  kill -KILL -- "-$GROUP" 2>/dev/null || true
+  complain "stopped at once; the same command continues the training from its last checkpoint"
+  exit 130
+}
+
+end_group() { # the ranks save and end; then TERM to what is left, and KILL to what is still there after 10 seconds
+  local since=$SECONDS told=0 tenths
+  # DeepSpeed's launcher would hand on a signal as a second one, and kill the ranks 30 seconds later. They notice when
+  # it is gone, and save; TERM is for one that is not training yet.
+  signal_members KILL deepspeed.launcher.launch
+  signal_members TERM --local_rank=
+  while [[ -n $(members --local_rank=) ]] && ((SECONDS - since < SAVE_SECONDS)); do
+    if ((SECONDS - since >= told + 30)); then
+      told=$((SECONDS - since))
+      complain "the ranks have not ended yet, $told s after they were asked to; killed after $SAVE_SECONDS s"
+    fi
+    sleep 0.2
+  done
   kill -TERM -- "-$GROUP" 2>/dev/null || return 0
-  for ((tenths = 0; tenths < 400; tenths++)); do
+  for ((tenths = 0; tenths < 100; tenths++)); do
     group_lives || return 0
     sleep 0.1
   done
   kill -KILL -- "-$GROUP" 2>/dev/null || true
 }
 
-group_lives() { # whether a process of the group runs; a zombie that nobody collects does not count
-  local path stat
+signal_members() { # the signal, and what a word of their command line starts with
+  local member
+  for member in $(members "$2"); do kill "-$1" "$member" 2>/dev/null || true; done
+}
+
+group_lives() { # whether a process of the group runs
+  [[ -n $(members) ]]
+}
+
+members() { # ids of the group's processes, with a word of their command line that starts with $1 when it is given
+  local path stat words
   for path in /proc/[0-9]*/stat; do
     read -r stat 2>/dev/null <"$path" || continue
     read -r -a stat <<<"${stat##*) }" # state, parent, group
-    if [[ ${stat[2]} == "$GROUP" && ${stat[0]} != Z ]]; then return 0; fi
+    # A zombie that nobody collects does not count.
+    if [[ ${stat[2]} != "$GROUP" || ${stat[0]} == Z ]]; then continue; fi
+    path=${path%/stat}
+    if [[ -n ${1:-} ]]; then
+      mapfile -d '' -t words 2>/dev/null <"$path/cmdline" || continue
+      [[ " ${words[*]}" == *" $1"* ]] || continue
+    fi
+    printf '%s\n' "${path#/proc/}"
   done
-  return 1
 }
 
 free_port() {

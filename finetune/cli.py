@@ -17,6 +17,8 @@ from finetune.hosts import describe, read_hostfile, run_on_hosts
 from finetune.parallel.slurm import task_environment
 from finetune.recipe import Recipe, load_recipe, resolve
 
+STOPPED = 3  # exit code of `finished` for a run that saved and stopped because it was asked to; launch.sh knows it
+
 
 class UsageError(ValueError):
     """Arguments that the command does not take."""
@@ -85,14 +87,19 @@ def data(options: argparse.Namespace) -> int:
 
 
 def finished(options: argparse.Namespace) -> int:
-    """Print the run folder when the recipe's run has taken its last step; exit code 1 when it has not."""
-    from finetune.run_folder import check_folder, finished_step, folder_of
+    """Print the run folder when the run took its last step; exit code 3 when it stopped in order before, else 1."""
+    from finetune.run_folder import check_folder, finished_step, folder_of, stopped_step
 
     recipe = _recipe(options)
     folder = folder_of(recipe)
     check_folder(folder, recipe)
     step = finished_step(folder)
     if step is None or step < recipe.train.steps:
+        stopped = stopped_step(folder)
+        if stopped is not None:
+            print(f"{folder}: stopped after step {stopped} of {recipe.train.steps}, resumable", file=sys.stderr)
+            print(folder)
+            return STOPPED
         done = f"stands at step {step}" if step is not None else "has not finished"
         print(f"{folder}: {done} of {recipe.train.steps}", file=sys.stderr)
         return 1

@@ -21,7 +21,7 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "safete
 
 
 class LostRankError(ValueError):
-    """Another rank ended while this one needed it; each rank that notices says so itself."""
+    """Another rank ended or hangs while this one needs it; each rank that notices says so itself."""
 
 
 def is_told(error: BaseException) -> bool:

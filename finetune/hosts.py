@@ -21,7 +21,8 @@ FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "OMP_NUM_THREADS", "HF_HOME", "
 # A host that is switched off ends its ssh after a minute instead of never.
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 SECONDS_TO_SPEAK = 30  # for the other hosts to notice by themselves, and say so, that one has failed
-SECONDS_TO_END = 60  # launch.sh on a host kills after 40
+SECONDS_TO_END = 660  # launch.sh on a host gives its ranks ten minutes to save
+SECONDS_TO_REPEAT = 2  # a signal that comes again within these is still the first: `timeout` sends it twice
 
 
 class HostError(ValueError):
@@ -82,7 +83,8 @@ def run_on_hosts(hosts: Sequence[Host], command: Sequence[str], environment: Map
     """Run `command --node-rank I` on every host, in the current folder there; the exit code of the first that failed.
 
     When one fails the others are given time to say what they see, then they are stopped. A signal to this process
-    stops them at once.
+    stops them at once. The code is 0 when all of them then stopped in order, but 130 after an interrupt: a list of
+    commands must not go on after Ctrl-C.
     """
     forwarded = [f"{name}={value}" for name, value in environment.items() if name.startswith(FORWARDED)]
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -103,11 +105,12 @@ class _Watch:
     def __init__(self, running: dict[str, "subprocess.Popen[bytes]"]):
         self.running = running
         self.code = 0
+        self.asked, self.asked_at = 0, 0.0  # the first signal, and its time.monotonic()
         self.stop_at: float | None = None  # time.monotonic() at which the others are stopped
         self.kill_at: float | None = None
 
     def wait(self) -> int:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         while self.running:
             for host, process in list(self.running.items()):
@@ -123,6 +126,8 @@ class _Watch:
         return self.code
 
     def _ended(self, host: str, code: int) -> None:
+        if self.asked and code:
+            self.code = self.code or _code_of(self.asked)
         if code == 0 or self.kill_at is not None:
             return
         code = code if code > 0 else 128 - code  # as a shell counts the end by a signal
@@ -133,9 +138,17 @@ class _Watch:
             self.stop_at = time.monotonic() + SECONDS_TO_SPEAK
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        _say(f"got {name}; stopping the ranks on {', '.join(self.running)}")
-        self.code = 130 if number == signal.SIGINT else 143
+        name, where = signal.Signals(number).name, ", ".join(self.running)
+        if self.asked:
+            if time.monotonic() - self.asked_at < SECONDS_TO_REPEAT:
+                return
+            _say(f"got {name} again; no longer waiting for {where}")
+            self.kill_at = time.monotonic()
+            return
+        _say(f"got {name}; stopping the ranks on {where}, which save first (again: no longer waiting for them)")
+        self.asked, self.asked_at = number, time.monotonic()
+        if number == signal.SIGINT or self.code:
+            self.code = _code_of(number)
         self.stop_at = 0.0
 
     def _stop(self, now: float) -> None:
@@ -150,6 +163,11 @@ class _Watch:
             _say(f"{host} does not answer; if it still runs, look there for ranks that were left")
             process.kill()
         self.kill_at = float("inf")
+
+
+def _code_of(number: int) -> int:
+    """Exit code after a signal; HUP counts as TERM."""
+    return 128 + (signal.SIGTERM if number == signal.SIGHUP else number)
 
 
 def _say(sentence: str) -> None:

@@ -30,11 +30,13 @@ from finetune.recipe import Recipe, RecipeError
 from finetune.recipe_rules import batch_problem
 from finetune.run_folder import check_folder, finished_step, folder_of, hold
 from finetune.trainer import Run, TrainingError
+from finetune.watch import STALL_SECONDS, Watch
 
 LOST = (
-    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting"),
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
     *("ncclRemoteError", "remote process exited or there was a network error"),
 )
+TIMED_OUT = ("Timed out waiting", "before timing out")
 FOUND_BY_ALL = (worlds.RankError, TrainingError, RouterLossError)  # raised on every rank alike
 
 
@@ -66,23 +68,35 @@ def train_here(recipe: Recipe) -> int:
 
 def _run(recipe: Recipe, folder: Path, base: Path, world: worlds.World, say: Say) -> None:
     """Take the run to its end; what ends it before is recorded if it is a bug, and told if no other rank knows."""
-    run = None
+    run, watch = None, Watch(folder, world.rank, STALL_SECONDS)
+
+    def say_and_beat(sentence: str) -> None:
+        # Alone there is nobody to wait for, and loading may take as long as it takes.
+        if world.size > 1:
+            watch.beat()
+        say(sentence)
+
     try:
         check_agreement(recipe, folder, base, world)
         with world.together(RecipeError):
             if world.is_main and folder.exists():
                 hold(folder).release()  # before a second copy of a large model could take the memory of the first
-        say(f"{recipe.name}: {world.size} rank(s), expert parallel {world.expert_size}; the run is in {folder}")
-        run = Run(recipe, folder, base, world, say)
+        watch.begin(launched=worlds.was_launched())
+        say_and_beat(
+            f"{recipe.name}: {world.size} rank(s), expert parallel {world.expert_size}; the run is in {folder}"
+        )
+        run = Run(recipe, folder, base, world, say_and_beat, watch)
         run.train()
     except Exception as error:
-        if is_lost_connection(error):
-            raise LostRankError(_lost(folder, run.step if run else None, error)) from None
+        if is_lost_connection(error) or is_timeout(error):
+            raise LostRankError(lost(folder, run.step if run else None, error)) from None
         if not is_told(error):
             record_crash(folder, error, rank=world.rank, step=run.step if run else None)
         elif not world.is_main and not isinstance(error, FOUND_BY_ALL):
             print(f"nextune: rank {world.rank}: {error}", file=sys.stderr, flush=True)
         raise
+    finally:
+        watch.end()
 
 
 def is_lost_connection(error: Exception) -> bool:
@@ -93,16 +107,22 @@ def is_lost_connection(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
 
 
-def _lost(folder: Path, step: int | None, error: Exception) -> str:
-    kept = newest_name(folder / "checkpoints")
-    return (
-        f"lost the connection to another rank {f'in step {step}' if step else 'before the first step'}: a rank or a"
-        f" host has ended ({str(error).splitlines()[0].rstrip('. ')}); "
-        + (
-            f"the same command, or one with fewer hosts, continues from {kept}"
-            if kept
-            else "there is no checkpoint yet"
-        )
+def is_timeout(error: Exception) -> bool:
+    """Whether a collective failed because some rank never came to it."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in TIMED_OUT)
+
+
+def lost(folder: Path, step: int | None, error: Exception) -> str:
+    """The sentence for a rank that another one has left alone, in this step or before the first."""
+    kept, stacks = newest_name(folder / "checkpoints"), folder / "crash"
+    when = f"in step {step}" if step else "before the first step"
+    what = f"lost the connection to another rank {when}: a rank or a host has ended"
+    if is_timeout(error):
+        what = f"a collective timed out {when}: a rank hangs, or its host is gone without a word"
+        if any(stacks.glob("rank*.stack")):
+            what += f"; the stacks of all ranks are in {stacks}/"
+    return f"{what} ({str(error).splitlines()[0].rstrip('. ')}); " + (
+        f"the same command, or one with fewer hosts, continues from {kept}" if kept else "there is no checkpoint yet"
     )
 
 

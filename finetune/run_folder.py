@@ -1,4 +1,4 @@
-"""The folder of one run: which files it holds, whether it belongs to this recipe, whether it has finished."""
+"""The folder of one run: which files it holds, whether it belongs to this recipe, whether it finished or stopped."""
 
 import json
 import os
@@ -60,6 +60,7 @@ def claim(folder: Path, recipe: Recipe) -> FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = hold(folder)
+        (folder / "stopped.json").unlink(missing_ok=True)
         replace_file(folder / "recipe.yaml", dump(recipe).encode())
     except OSError as error:
         raise RecipeError(f"output.dir: {folder} cannot be written ({error.strerror or error})") from None
@@ -92,6 +93,17 @@ def finished_step(folder: Path) -> int | None:
 def mark_finished(folder: Path, facts: Mapping[str, Any]) -> None:
     """Leave the marker that the run ended well, with its closing figures."""
     replace_file(folder / "finished.json", json.dumps(dict(facts), indent=1).encode())
+
+
+def stopped_step(folder: Path) -> int | None:
+    """The step after which the last start of a run was stopped in order and can be gone on from, or None."""
+    marker = folder / "stopped.json"
+    return int(json.loads(marker.read_text(encoding="utf-8"))["step"]) if marker.exists() else None
+
+
+def mark_stopped(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Leave the marker that the run saved and stopped because it was asked to; the next start removes it."""
+    replace_file(folder / "stopped.json", json.dumps(dict(facts), indent=1).encode())
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,12 +19,12 @@ from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_name
 from finetune.evaluation import ProbedRouting, compare_routing, held_out, probe_routing, to_device
 from finetune.optim import learning_rate
-from finetune.parallel.world import RankError, World, was_launched
+from finetune.parallel.world import RankError, World, set_timeouts
 from finetune.recipe import Recipe, RecipeError
-from finetune.run_folder import claim, mark_finished
+from finetune.run_folder import claim, mark_finished, mark_stopped
 from finetune.saving import Saved, Saving, resume
 from finetune.step import optimize, seed_step, step_seed
-from finetune.watch import STALL_SECONDS, Watch
+from finetune.watch import Watch
 from finetune.window import Totals, Windows
 from monitoring.health import Finding, Health
 from monitoring.routing import LayerDrift, RoutingSnapshot, routing_drift, routing_measures
@@ -41,12 +41,12 @@ class TrainingError(ValueError):
 class Run:
     """One run on this rank, from its assembly to its end; `train` is the order of events."""
 
-    def __init__(self, recipe: Recipe, folder: Path, base: Path, world: World, say: Say):
+    def __init__(self, recipe: Recipe, folder: Path, base: Path, world: World, say: Say, watch: Watch):
         self.recipe, self.folder, self.world = recipe, folder, world
-        self.base, self.base_folder = fingerprint(base), base
-        self.watch = Watch(folder, world.rank, STALL_SECONDS)
+        self.base, self.base_folder, self.watch = fingerprint(base), base, watch
         self.reasons_to_stop: list[str] = []
         parts = assemble(recipe, base, world, say)
+        set_timeouts()  # of the groups that the engine made
         with world.together(RecipeError):  # only now: a mistake found before leaves no folder behind
             self.claimed = claim(folder, recipe) if world.is_main else None
         self.engine, self.model, self.loader = parts.engine, parts.model, parts.loader
@@ -68,12 +68,12 @@ class Run:
 
     def train(self) -> None:
         """Train to the last step, reporting, evaluating and saving on the way. Collective."""
-        self.watch.begin(launched=was_launched())
+        self.watch.heed_signals()
+        self.watch.beat()
         try:
             self._train()
         finally:
             self.saving.close()
-            self.watch.end()
             self.sinks.close()
 
     def _train(self) -> None:
@@ -104,6 +104,9 @@ class Run:
                 self._record(
                     {"kind": "action", "step": self.step, "message": f"{stopping}: saved and stopped, resumable"}
                 )
+                if self.world.is_main:
+                    mark_stopped(self.folder, {"step": self.step, "reason": stopping})
+                self.world.barrier()
                 return
         self._record_saved(self.saving.settle())
         self._record({"kind": "end", "step": self.step})

@@ -9,10 +9,11 @@ import torch
 from finetune import agreement
 from finetune.agreement import check_agreement, refuse_differences
 from finetune.failure import LostRankError, is_told, tell, told_by_every_host
-from finetune.launch import fit_to_ranks, is_lost_connection, ranks_here
+from finetune.launch import fit_to_ranks, is_lost_connection, is_timeout, lost, ranks_here
 from finetune.parallel import world as worlds
 from finetune.parallel.world import MeetingError, RankError
 from finetune.recipe import CHECKOUT, Recipe, RecipeError, load_recipe
+from monitoring.files import replace_file
 from tests.commands import free_port
 from tests.ranks import ranks
 
@@ -170,6 +171,25 @@ def test_a_machine_with_fewer_gpus_starts_as_many_ranks_as_the_batch_divides_ove
 )
 def test_a_lost_connection_is_told_from_a_bug(error: Exception, lost: bool) -> None:
     assert is_lost_connection(error) == lost
+
+
+@pytest.mark.parametrize(
+    ("error", "timed_out"),
+    [
+        (RuntimeError("[.../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4200000ms for recv"), True),
+        (torch.distributed.DistBackendError("WorkNCCL(...) ran for 4200000 milliseconds before timing out."), True),
+        (RuntimeError("Connection closed by peer"), False),
+    ],
+)
+def test_a_timeout_is_told_from_a_rank_that_has_ended(error: Exception, timed_out: bool, tmp_path: Path) -> None:
+    assert (is_timeout(error), is_lost_connection(error)) == (timed_out, not timed_out)
+    replace_file(tmp_path / "crash/rank1.stack", b"no progress")
+    told = lost(tmp_path, 7, error)
+    if timed_out:
+        assert told.startswith("a collective timed out in step 7: a rank hangs, or its host is gone without a word;")
+        assert f"the stacks of all ranks are in {tmp_path}/crash/ (" in told
+    else:
+        assert told.startswith("lost the connection to another rank in step 7: a rank or a host has ended (")
 
 
 def test_a_rank_that_lost_another_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

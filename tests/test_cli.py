@@ -11,7 +11,7 @@ import torch
 from finetune import cli
 from finetune.launch import _share_cores
 from finetune.recipe import RecipeError, load_recipe
-from finetune.run_folder import claim, folder_of, mark_finished
+from finetune.run_folder import claim, folder_of, mark_finished, mark_stopped
 from tests.commands import ROOT, run
 
 TINY = ("--recipe", str(ROOT / "recipes/tiny.yaml"))
@@ -115,6 +115,13 @@ def test_finished_answers_by_its_exit_code(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == f"{folder}\n"
     assert cli.main([*arguments, "--set", "train.steps=61"]) == 1
     assert capsys.readouterr().err == f"{folder}: stands at step 60 of 61\n"
+    mark_stopped(folder, {"step": 60})
+    assert cli.main([*arguments, "--set", "train.steps=61"]) == 3
+    assert capsys.readouterr() == (f"{folder}\n", f"{folder}: stopped after step 60 of 61, resumable\n")
+    assert cli.main(arguments) == 0
+    claim(folder, recipe).release()
+    assert cli.main([*arguments, "--set", "train.steps=61"]) == 1  # started again, and not stopped yet
+    capsys.readouterr()
     assert cli.main([*arguments, "--set", "train.seed=1"]) == 2
     assert "holds a run of another recipe" in capsys.readouterr().err
 

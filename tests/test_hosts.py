@@ -163,9 +163,21 @@ def test_the_code_of_the_host_that_failed_is_the_commands(fan: Fan) -> None:
     assert err == "nextune: two ended with exit code 7\nnextune: one ended with exit code 3\n"
 
 
-@pytest.mark.parametrize(("asked", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_the_input_of_every_host_ends_with_the_command(fan: Fan, asked: signal.Signals, code: int) -> None:
-    done = fan.start("touch ready-$2; cat; touch ended-$2")
+@pytest.mark.parametrize(
+    ("asked", "last_words", "code"),
+    [
+        (signal.SIGINT, "", 130),
+        (signal.SIGTERM, "", 0),  # every host says that it stopped in order
+        (signal.SIGUSR1, "", 0),
+        (signal.SIGTERM, "; [[ $2 == 0 ]] || exit 143", 143),
+        (signal.SIGHUP, "; [[ $2 == 0 ]] || exit 7", 143),
+        (signal.SIGKILL, "", -9),
+    ],
+)
+def test_the_input_of_every_host_ends_with_the_command(
+    fan: Fan, asked: signal.Signals, last_words: str, code: int
+) -> None:
+    done = fan.start("touch ready-$2; cat; touch ended-$2" + last_words)
     end = time.monotonic() + 60
     while len(list(fan.folder.glob("ready-*"))) < 2:
         assert time.monotonic() < end
@@ -178,6 +190,24 @@ def test_the_input_of_every_host_ends_with_the_command(fan: Fan, asked: signal.S
         assert time.monotonic() < end
         time.sleep(0.05)
     done.communicate()
+
+
+def test_a_second_signal_ends_the_wait_for_hosts_that_are_saving(fan: Fan) -> None:
+    done = fan.start("touch ready-$2; cat; touch asked-$2; exec sleep 60")
+    for signs in ("ready-*", "asked-*"):
+        end = time.monotonic() + 60
+        while len(list(fan.folder.glob(signs))) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(0.3)
+        done.send_signal(signal.SIGTERM)
+        done.send_signal(signal.SIGTERM)  # at once, as `timeout` does: the same signal
+        if signs == "ready-*":
+            time.sleep(2.5)
+            assert done.poll() is None
+    _, err = done.communicate(timeout=20)
+    assert done.returncode == 143
+    assert "nextune: got SIGTERM again; no longer waiting for one, two\n" in err
 
 
 def test_a_host_that_ssh_does_not_reach_is_named(fan: Fan) -> None:

@@ -33,13 +33,16 @@ case "$name $*" in
   "python -P -m finetune hosts"*) echo 5 2 3 node1 ;;
   "python -P -m finetune plan"*) [[ -z ${{PLAN_FAILS:-}} ]] || {{ echo "Does NOT fit: 9 GiB."; exit 1; }} ;;
   "python "*/finetune/train.py*) [[ ${{TRAINING:-}} == fails ]] && exit 7 || touch "$RUN/finished" ;;
-  "python -P -m finetune finished"*) [[ -e $RUN/finished ]] && echo "$RUN" ;;
+  "python -P -m finetune finished"*)
+    [[ ! -e $RUN/finished ]] || {{ echo "$RUN"; exit 0; }}
+    [[ -e $RUN/stopped.json ]] && {{ echo "$RUN"; exit 3; }} || exit 1 ;;
   "python -P -m finetune export"*) mkdir -p "$RUN/merged" ;;
   deepspeed*)
     echo "env OMP=$OMP_NUM_THREADS DS=${{DS_ACCELERATOR:-}}" >>"$CALLS"
     case ${{TRAINING:-}} in
       fails) exit 7 ;;
       ends-early) ;;
+      saves) launcher deepspeed.launcher.launch ;;
       hangs) sleep 300 & echo "$!" >"$RUN/rank"; sleep 300 ;;
       leaves-a-rank) sleep 300 & echo "$!" >"$RUN/rank" ;;
       *) touch "$RUN/finished" ;;
@@ -47,10 +50,27 @@ case "$name $*" in
 esac
 """
 
+# As DeepSpeed's: a signal is handed on to the rank as a second one.
+LAUNCHER = """#!/usr/bin/env bash
+trap 'kill -TERM "$rank"; exit 1' TERM
+rank --local_rank=0 &
+rank=$!
+wait
+"""
+RANK = """#!/usr/bin/env bash
+trap 'echo TERM >>"$RUN/signals"' TERM
+echo "$$" >"$RUN/rank"
+until [[ -e $RUN/signals ]]; do sleep 0.1; done
+for tenth in {1..15}; do sleep 0.1; done
+if [[ ${SAVING:-} == fails ]]; then exit 1; fi
+if [[ ${SAVING:-} == hangs ]]; then for second in {1..300}; do sleep 1; done; fi
+touch "$RUN/stopped.json"
+"""
+
 
 def heed_signals() -> None:
     """As in a terminal; tests that run in the background inherit that these are ignored, and bash cannot undo it."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
 
 
@@ -68,6 +88,8 @@ class Checkout:
         (self.root / "recipes/other.yaml").touch()
         self.tools = folder / "tools"
         self.add_tool("python3.11", STAND_IN)
+        self.add_tool("launcher", LAUNCHER)
+        self.add_tool("rank", RANK)
         self.add_tool("nvidia-smi", "#!/bin/sh\nexit 9\n")  # no GPU, whatever this machine has
         self.environment = {"PATH": f"{self.tools}:/usr/bin:/bin", "CALLS": str(self.calls_file)}
         self.environment |= {"RUN": str(self.run_folder), "HOME": str(folder)}
@@ -272,19 +294,75 @@ def test_exit_code_0_of_the_launcher_is_not_believed(
         assert not is_running(int((checkout.run_folder / "rank").read_text()))
 
 
-@pytest.mark.parametrize(("asked", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
+ASKED = [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+
+
+@pytest.mark.parametrize(("asked", "code"), ASKED)
 def test_a_signal_stops_every_rank(checkout: Checkout, asked: signal.Signals, code: int) -> None:
     process = checkout.start(TRAINING="hangs")
-    rank_file = checkout.run_folder / "rank"
-    end = time.monotonic() + 30
-    while not (rank_file.exists() and rank_file.read_text()):
-        assert time.monotonic() < end, "the stand-in for training never started"
-        time.sleep(0.05)
+    rank = pid_of_rank(checkout)
     process.send_signal(asked)
     _, err = process.communicate(timeout=30)
     assert process.returncode == code
     assert "stopped; the same command continues the training" in err
-    assert not is_running(int(rank_file.read_text()))
+    assert not is_running(rank)
+
+
+def pid_of_rank(checkout: Checkout) -> int:
+    rank_file, end = checkout.run_folder / "rank", time.monotonic() + 30
+    while not (rank_file.exists() and rank_file.read_text()):
+        assert time.monotonic() < end, "the stand-in for training never started"
+        time.sleep(0.05)
+    return int(rank_file.read_text())
+
+
+@pytest.mark.parametrize(("asked", "code"), [(number, 130 if number == signal.SIGINT else 0) for number, _ in ASKED])
+def test_ranks_asked_to_stop_are_asked_once_and_a_run_that_saved_is_resumable(
+    checkout: Checkout, asked: signal.Signals, code: int
+) -> None:
+    process = checkout.start(TRAINING="saves")
+    rank = pid_of_rank(checkout)
+    process.send_signal(asked)
+    process.send_signal(asked)  # `timeout` does so
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    name = "SIGTERM" if asked == signal.SIGHUP else asked.name
+    assert f"got {name}; the ranks save and stop, within 10 minutes" in err
+    assert ("resumable: the same command continues the training where it stopped" in out) == (code == 0)
+    assert (checkout.run_folder / "signals").read_text() == "TERM\n"
+    assert not is_running(rank)
+    assert not any("summary" in call for call in checkout.calls())
+
+
+def test_a_run_that_stopped_by_itself_in_order_is_resumable_and_an_earlier_stop_proves_nothing(
+    checkout: Checkout,
+) -> None:
+    process = checkout.start(TRAINING="saves")
+    os.kill(pid_of_rank(checkout), signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "Stopped in order, resumable" in out
+    assert (checkout.run_folder / "stopped.json").exists()
+    done = checkout.launch(TRAINING="fails")
+    assert done.returncode == 7
+    assert "resumable" not in done.stdout
+
+
+@pytest.mark.parametrize(("saving", "code"), [("fails", 143), ("hangs", 130)])
+def test_ranks_that_do_not_save_are_no_orderly_stop_and_asked_later_again_is_at_once(
+    checkout: Checkout, saving: str, code: int
+) -> None:
+    process = checkout.start(TRAINING="saves", SAVING=saving)
+    rank = pid_of_rank(checkout)
+    process.send_signal(signal.SIGTERM)
+    if saving == "hangs":
+        time.sleep(4)
+        assert is_running(rank)
+        process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == code, err
+    assert ("stopped at once" in err) == (saving == "hangs")
+    assert not is_running(rank)
 
 
 # Over several hosts.
@@ -381,12 +459,9 @@ def test_a_host_stops_its_ranks_when_whoever_started_it_has_gone(checkout: Check
         stderr=subprocess.PIPE,
     )
     os.close(reading)
-    rank_file, end = checkout.run_folder / "rank", time.monotonic() + 30
-    while not (rank_file.exists() and rank_file.read_text()):
-        assert time.monotonic() < end, "the stand-in for training never started"
-        time.sleep(0.05)
+    rank = pid_of_rank(checkout)
     time.sleep(0.5)
-    assert is_running(int(rank_file.read_text()))
+    assert is_running(rank)
     # Nobody reads what it says any more either, as when an ssh is gone.
     assert process.stdout is not None
     assert process.stderr is not None
@@ -394,7 +469,7 @@ def test_a_host_stops_its_ranks_when_whoever_started_it_has_gone(checkout: Check
     process.stderr.close()
     os.close(writing)
     assert process.wait(timeout=60) == 143
-    assert not is_running(int(rank_file.read_text()))
+    assert not is_running(rank)
 
 
 def is_running(process: int) -> bool:

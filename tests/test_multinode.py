@@ -187,7 +187,7 @@ def start_over_both(hosts: Hosts, here: Place, name: str, step: int) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("asked", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGKILL, -9)])
 def test_stopping_the_command_leaves_no_rank_on_any_host(
     hosts: Hosts, here: Place, asked: signal.Signals, code: int
 ) -> None:
@@ -200,7 +200,8 @@ def test_stopping_the_command_leaves_no_rank_on_any_host(
     while any(host.processes() for host in hosts.both):
         assert time.monotonic() < end, "ranks were left behind"
         time.sleep(0.2)
-    if code > 0:
+    if code >= 0:
+        assert "saved and stopped, resumable" in ended.out
         assert f"nextune: got {asked.name}; stopping the ranks on {hosts.both[0].address}" in ended.err
 
 
@@ -272,7 +273,7 @@ def test_a_signal_of_slurm_to_every_process_saves_once_and_is_resumable(
             os.kill(process, asked)
     first, second = (end_of(task) for task in tasks)
     assert f"{asked.name}: saved and stopped, resumable" in first.out
-    assert "launch.sh: the training ended, but its run is not complete; the same command continues it" in first.err
-    assert (first.code, second.code) == (1, 0)
+    assert "Stopped in order, resumable: the same command continues" in first.out
+    assert (first.code, second.code) == (0, 0)
     assert len(list((folder / "checkpoints").glob("step-*/manifest.json"))) == 1
     assert nobody_is_left(hosts)

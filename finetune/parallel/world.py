@@ -15,9 +15,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 from torch import Tensor
 from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
-TIMEOUT = timedelta(minutes=60)  # loading a large checkpoint on one rank must not end the others
+# Of every collective. Loading a large checkpoint on one rank must not end the others; and the watch over a rank, which
+# leaves the stacks of all, must come first (finetune/watch.py).
+TIMEOUT = timedelta(minutes=70)
 MEETING = timedelta(minutes=10)  # hosts of a cluster start minutes apart; none comes after that
 
 
@@ -130,6 +133,7 @@ def start(expert_size: int) -> World:
     deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
     groups._create_expert_and_data_parallel(expert_size)
     expert_group = groups._get_expert_parallel_group(group_name(expert_size)) if expert_size > 1 else None
+    set_timeouts()
     return World(
         rank=rank,
         size=size,
@@ -139,6 +143,12 @@ def start(expert_size: int) -> World:
         expert_data_rank=rank // expert_size,
         expert_group=expert_group,
     )
+
+
+def set_timeouts() -> None:
+    """Give every group of this rank the run's timeout; DeepSpeed makes them with torch's, 10 minutes under NCCL."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(TIMEOUT, group)
 
 
 def _device() -> torch.device:
