@@ -177,6 +177,7 @@ def test_an_output_folder_that_cannot_be_is_refused(here: Place) -> None:
     assert message.startswith(f"output.dir: {in_a_file}/nowhere cannot be written")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_one_rank_cannot_write_is_told_by_all(here: Place) -> None:
     """Rank 0 fails while rank 1 waits for it; rank 1 must not die of the lost connection with a traceback."""
     folder = here.run_folder("no-room")

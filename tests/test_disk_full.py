@@ -74,6 +74,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return dict(open_state(folder / f"checkpoints/step-{STEPS}")[1])
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_fills_up_goes_on_as_if_it_had_not(here: Place, undisturbed: Path, disk: Path) -> None:
     folder = disk / "runs/with-room"
     for _ in range(2):  # without more room the same command says the same

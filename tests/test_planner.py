@@ -334,8 +334,17 @@ def test_saved_tensors_of_adapted_experts(weight_bytes: int) -> None:
 FUSABLE = {**WIDE, "linear_key_head_dim": 32, "linear_value_head_dim": 64}  # head dims that the kernels take
 
 
-@pytest.mark.parametrize("trains", ["adapters", "adapted-experts", "full"])
-@pytest.mark.parametrize("mixer", ["linear_attention", "full_attention"])
+@pytest.mark.parametrize(
+    ("mixer", "trains"),
+    [
+        ("linear_attention", "adapters"),
+        ("full_attention", "adapted-experts"),
+        ("full_attention", "full"),
+        pytest.param("linear_attention", "full", marks=pytest.mark.slow),
+        pytest.param("linear_attention", "adapted-experts", marks=pytest.mark.slow),
+        pytest.param("full_attention", "adapters", marks=pytest.mark.slow),
+    ],
+)
 def test_saved_tensors_of_fused_kernels_and_of_each_half(mixer: str, trains: str) -> None:
     config = ModelConfig.from_dict(tiny_config(**FUSABLE, layer_types=[mixer]))  # type: ignore[arg-type]
     setting = Setting(

@@ -101,6 +101,7 @@ leave(main(["train", *sys.argv[3:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "before"), [("optimize", 5), ("assemble", 0)])
 def test_a_rank_that_hangs_leaves_the_stacks_of_all_and_the_same_command_goes_on(
     where: str, before: int, here: Place, undisturbed: dict[str, Tensor], tmp_path: Path
