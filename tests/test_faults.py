@@ -178,7 +178,7 @@ def test_a_run_whose_ranks_are_killed_again_and_again_ends_as_if_nothing_had_hap
     assert not list(here.run_folder(name).rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("victim", ["runner", "launcher"])
+@pytest.mark.parametrize("victim", [pytest.param("runner", marks=pytest.mark.slow), "launcher"])
 def test_ranks_that_lost_their_launcher_save_and_end_and_its_exit_code_is_not_believed(
     victim: str, here: Place, undisturbed: dict[str, Tensor]
 ) -> None:

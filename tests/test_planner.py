@@ -338,7 +338,7 @@ FUSABLE = {**WIDE, "linear_key_head_dim": 32, "linear_value_head_dim": 64}  # he
     ("mixer", "trains"),
     [
         ("linear_attention", "adapters"),
-        ("full_attention", "adapted-experts"),
+        pytest.param("full_attention", "adapted-experts", marks=pytest.mark.slow),
         ("full_attention", "full"),
         pytest.param("linear_attention", "full", marks=pytest.mark.slow),
         pytest.param("linear_attention", "adapted-experts", marks=pytest.mark.slow),

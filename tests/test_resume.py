@@ -215,6 +215,21 @@ def test_all_ranks_are_told_that_the_checkpoints_cannot_be_read(tmp_path, monkey
     assert ranks(2, told_of_a_root_that_cannot_be_read, tmp_path) == [sentence] * 2
 
 
+def test_a_slow_rank_does_nothing_in_a_folder_that_rank_0_has_renamed(tmp_path, monkeypatch):
+    """Rank 1 stands still as soon as its part is announced; rank 0 makes the checkpoint whole meanwhile."""
+    real = os.replace
+
+    def replace(source, target):
+        real(source, target)
+        if Path(target).name == "part-00001.json":
+            time.sleep(0.5)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write(tmp_path, 10, ranks=2)
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step-10", [])
+    assert not list(tmp_path.rglob("*.new"))
+
+
 def test_an_older_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_path, monkeypatch):
     write(tmp_path, 10)
     monkeypatch.setattr(writers, "_delete", lambda folder: (_ for _ in ()).throw(OSError(5, "Input/output error")))

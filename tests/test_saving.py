@@ -74,6 +74,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_the_next_one_is_put_off(h
     assert all(line["blocked_seconds"] < 3 for line in records(folder, "checkpoint"))
 
 
+@pytest.mark.slow
 def test_an_orderly_stop_finishes_the_checkpoint_that_is_being_written(here: Place, tmp_path: Path) -> None:
     """Rank 1 still writes when a loss is not a number, for longer than a rank that must end would be waited for."""
     base, rows = Path(shutil.copytree(here.folder / "base", tmp_path / "base")), tmp_path / "rows.jsonl"
@@ -119,6 +120,7 @@ def replayed_as_then(folder: Path, base: Path, healthy: Path) -> None:
     assert done.err.startswith(f"nextune: {folder}/crash/step-0: holds no batch of a step that can be read (")
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_outlives_newer_ones_and_is_exported_and_the_wandb_run_goes_on(
     here: Place, tmp_path: Path
 ) -> None:

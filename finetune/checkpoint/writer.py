@@ -170,7 +170,13 @@ def _write_part(partial: Path, rank: int, tensors: dict[str, Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     sync(path)
     part = {"file": path.name, "bytes": path.stat().st_size, "sha256": hash_of(path), "tensors": len(tensors)}
-    write_json(_description(partial, rank), part)
+    # Renamed into place, and nothing after that: as soon as rank 0 sees the last one, it waits for the disk, and this
+    # folder has another name.
+    described = _description(partial, rank)
+    beside = described.with_name(f"{described.name}.new")
+    beside.write_text(json.dumps(part, indent=2) + "\n", encoding="utf-8")
+    sync(beside)
+    os.replace(beside, described)
 
 
 def _description(partial: Path, rank: int) -> Path:

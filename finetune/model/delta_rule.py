@@ -87,9 +87,10 @@ def chunked_gated_delta_rule(
     until_end = (total[..., -1:] - total).masked_fill(segment != last, -torch.inf).exp()
     survives = (total[..., -1].exp() * (last == entering)[..., 0])[..., None, None]
 
-    # One inverse for what is written and what is recalled, times b, which may as well scale the columns of the inverse.
-    solve = _UnitInverse.apply(key @ key.transpose(-1, -2) * (between * write.unsqueeze(-1))) * write.unsqueeze(-2)
-    written, recall = solve @ value, solve @ (key * since_start.unsqueeze(-1))
+    system = (key * write.unsqueeze(-1)) @ key.transpose(-1, -2) * between
+    right = torch.cat((value * write.unsqueeze(-1), key * (write * since_start).unsqueeze(-1)), dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    written, recall = solved.split([value.shape[-1], key.shape[-1]], dim=-1)
 
     within = query @ key.transpose(-1, -2) * between
     reads = query * since_start.unsqueeze(-1)
@@ -103,36 +104,6 @@ def chunked_gated_delta_rule(
         outputs.append(q @ state + scores @ correction)
         state = state * share + k @ correction
     return torch.cat(outputs, dim=2)[:, :, :time].transpose(1, 2)
-
-
-class _UnitInverse(torch.autograd.Function):
-    """(I + L)^-1 of the strictly lower part L of square matrices; what lies on or above the diagonal is not read."""
-
-    @staticmethod
-    def forward(ctx, system):  # type: ignore[no-untyped-def]
-        inverse = _unit_inverse(system)
-        ctx.save_for_backward(inverse)
-        return inverse
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        (inverse,) = ctx.saved_tensors
-        across = inverse.transpose(-1, -2)
-        return (across @ gradient @ across).neg_().tril_(-1)
-
-
-def _unit_inverse(system: Float[Tensor, "*any side side"]) -> Float[Tensor, "*any side side"]:
-    """By halves, whose inverses and one product make up the whole's: matrix products instead of a substitution."""
-    side = system.shape[-1]
-    if side <= 16:
-        identity = torch.eye(side, dtype=system.dtype, device=system.device).expand(system.shape)
-        return torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True)
-    half = side // 2
-    first, second = _unit_inverse(system[..., :half, :half]), _unit_inverse(system[..., half:, half:])
-    inverse = torch.zeros_like(system)
-    inverse[..., :half, :half], inverse[..., half:, half:] = first, second
-    inverse[..., half:, :half] = -(second @ system[..., half:, :half] @ first)
-    return inverse
 
 
 def for_every_value_head(
