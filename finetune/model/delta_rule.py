@@ -97,9 +97,8 @@ def chunked_gated_delta_rule(
     leaves = (key * until_end.unsqueeze(-1)).transpose(-1, -2)
     state = query.new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])
     outputs = []
-    # Unbound, since the gradient of an index fills a tensor of all chunks for every chunk.
     chunks = (x.unbind(2) for x in (written, recall, reads, within, leaves, survives))
-    for w, r, q, scores, k, share in zip(*chunks, strict=True):
+    for w, r, q, scores, k, share in zip(*chunks, strict=True):  # not by index, whose gradient fills all chunks
         correction = w - r @ state
         outputs.append(q @ state + scores @ correction)
         state = state * share + k @ correction
