@@ -94,7 +94,10 @@ def experts_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[f
 
 
 def gathers(setting: Setting) -> bool:
-    """Whether the experts read each row where its token lies, and never hold a copy of it for every expert."""
+    """Whether the experts read each row where its token lies, and never hold a copy of it for every expert.
+
+    Computed again, such experts end before their last product, whose output nothing reads.
+    """
     return setting.fused_experts and not setting.exchanged
 
 

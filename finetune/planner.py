@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from finetune import recompute, state_bytes, working_bytes
-from finetune.activations import FLOAT32
+from finetune.activations import FLOAT32, gathers
 from finetune.arithmetic import recompute_operations, step_operations
 from finetune.exchange_plan import NVLINK_GBIT, UNKNOWN, Exchange, Links, exchange
 from finetune.model.config import ALL, ModelConfig, Recompute
@@ -164,7 +164,7 @@ class Plan:
     @property
     def recomputed(self) -> float:
         """Operations per token of what is computed once more in the backward pass, and to count load ahead."""
-        skips_down = recompute.skips_down(working_bytes.setting(self))
+        skips_down = gathers(working_bytes.setting(self))
         return self._operations_of(self.recompute, skips_down) + self.counts_ahead * self._forward_operations
 
     @property

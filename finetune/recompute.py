@@ -14,11 +14,6 @@ from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
 OPERATIONS_WHILE_A_BYTE_TRAVELS = 900  # of 400 TFLOP/s, at 450 GB/s between the cards of one machine
 
 
-def skips_down(setting: Setting) -> bool:
-    """Whether experts that are computed again end before their last product."""
-    return gathers(setting)
-
-
 def asked_for(config: ModelConfig, words: Sequence[str]) -> tuple[Recompute, ...] | None:
     """What `train.recompute` says for every layer; None where it leaves the choice to us."""
     if "auto" in words:
@@ -44,7 +39,7 @@ def least(
         if config.is_moe(layer) and setting.exchanged:  # rows would travel again, there and back
             rows = 2 * config.num_experts_per_tok * config.hidden_size * setting.weight_bytes
             experts += OPERATIONS_WHILE_A_BYTE_TRAVELS * rows
-        elif config.is_moe(layer) and skips_down(setting):
+        elif config.is_moe(layer) and gathers(setting):
             experts -= down_operations(config)
         worth += [(mixer / size.mixer, layer, 0), (experts / size.experts, layer, 1)]
     for _, layer, half in sorted(worth, reverse=True):

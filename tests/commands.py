@@ -48,6 +48,16 @@ SETTINGS: dict[str, Any] = {
     "checkpoint.keep": 1,
 }
 
+# Changes to these for a run of many short steps, of which only the end counts: every step reported, nothing measured.
+UNWATCHED: dict[str, Any] = {
+    "train__eval_every_steps": 0,
+    "train__log_every_steps": 1,
+    "data__eval": "[]",
+    "monitor__routing_every_steps": 0,
+    "monitor__drift_every_steps": None,
+    "monitor__probe_tokens": None,
+}
+
 
 @dataclass(frozen=True)
 class Done:

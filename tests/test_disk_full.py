@@ -17,17 +17,12 @@ from torch import Tensor
 
 from finetune.checkpoint.resume import newest_checkpoint, open_state
 from finetune.run_folder import finished_step
-from tests.commands import Place, place
+from tests.commands import UNWATCHED, Place, place
 
 STEPS = 12
 CHANGES: dict[str, Any] = {
+    **UNWATCHED,
     "train__steps": STEPS,
-    "train__eval_every_steps": 0,
-    "train__log_every_steps": 1,
-    "data__eval": "[]",
-    "monitor__routing_every_steps": 0,
-    "monitor__drift_every_steps": None,
-    "monitor__probe_tokens": None,
     "checkpoint__every_steps": 2,
     "checkpoint__keep": 10,
     "lora__rank": 64,  # so that checkpoints, not the other files, decide when the disk is full

@@ -26,17 +26,12 @@ from torch import Tensor
 from finetune.checkpoint.resume import newest_checkpoint, open_state
 from finetune.run_folder import finished_step
 from monitoring.metrics import read_metrics
-from tests.commands import SECONDS, TINY, Place, launcher, place, records, start
+from tests.commands import SECONDS, TINY, UNWATCHED, Place, launcher, place, records, start
 
 STEPS = 80
 QUICK: dict[str, Any] = {
+    **UNWATCHED,
     "train__steps": STEPS,
-    "train__eval_every_steps": 0,
-    "train__log_every_steps": 1,
-    "data__eval": "[]",
-    "monitor__routing_every_steps": 0,
-    "monitor__drift_every_steps": None,
-    "monitor__probe_tokens": None,
     "checkpoint__every_steps": 2,
     "checkpoint__keep": 3,
 }
