@@ -20,6 +20,7 @@ from finetune.kernels.tiles import (
     row_tile,
     sizes_of,
     strides,
+    tile_place,
     weight_tile,
 )
 
@@ -33,11 +34,11 @@ def up_product(
     pre = x.new_empty(rows.rows, 2 * width) if keep else None
     if not rows.rows:
         return act, pre
-    sizes = sizes_of("up", rows, x.dtype, columns=width)
-    left, of = left_operand(x, rows, sizes, gathered=True)
+    sizes = sizes_of("up", x.dtype, columns=width)
+    left, left_half, of = left_operand(x, rows, sizes, gathered=True)
     right, by = right_operand(gate_up, sizes)
     _up_kernel[(len(rows.tile_expert) * triton.cdiv(width, sizes.columns),)](
-        left, right, act, pre, thin, factor, rows.slot, rows.starts, rows.tile_starts, rows.tile_expert,
+        left, left_half, right, act, pre, thin, factor, rows.slot, rows.starts, rows.tile_starts, rows.tile_expert,
         experts, depth, width, rows.top_k, *gate_up.stride(), *strides(factor),
         OF=of, BY=by, **constants(sizes, depth, thin),
     )  # fmt: skip
@@ -51,16 +52,16 @@ def up_backward(
     """Gradient of gate and up; of the routing weights; and where `keep`, routing weight x activation of every row."""
     experts, depth, width = down.shape
     d_pre = torch.empty_like(pre)
-    sizes = sizes_of("up_backward", rows, pre.dtype, columns=width)
+    sizes = sizes_of("up_backward", pre.dtype, columns=width)
     blocks = triton.cdiv(width, sizes.columns)
     act = pre.new_empty(rows.rows, width) if keep else None
     parts = None if weights is None else gradient.new_empty(rows.rows, blocks, dtype=torch.float32)
     if rows.rows:
         factor = None if factor is None else factor.transpose(1, 2)
-        left, of = left_operand(gradient, rows, sizes, gathered=True)
+        left, left_half, of = left_operand(gradient, rows, sizes, gathered=True)
         right, by = right_operand(down.transpose(1, 2), sizes)
         _up_backward_kernel[(len(rows.tile_expert) * blocks,)](
-            left, right, pre, d_pre, act, parts, weights, thin, factor,
+            left, left_half, right, pre, d_pre, act, parts, weights, thin, factor,
             rows.slot, rows.starts, rows.tile_starts, rows.tile_expert,
             experts, depth, width, rows.top_k, *down.transpose(1, 2).stride(), *strides(factor),
             OF=of, BY=by, **constants(sizes, depth, thin),
@@ -84,11 +85,11 @@ def grouped_product(
     out = x.new_empty(rows.rows, columns)
     if not rows.rows:
         return out
-    sizes = sizes_of("grouped", rows, x.dtype, columns=columns)
-    left, of = left_operand(x, rows, sizes, gathered=gathered)
+    sizes = sizes_of("grouped", x.dtype, columns=columns)
+    left, left_half, of = left_operand(x, rows, sizes, gathered=gathered)
     right, by = right_operand(weight, sizes)
     _grouped_kernel[(len(rows.tile_expert) * triton.cdiv(columns, sizes.columns),)](
-        left, right, out, thin, factor, weights, rows.slot, rows.starts, rows.tile_starts, rows.tile_expert,
+        left, left_half, right, out, thin, factor, weights, rows.slot, rows.starts, rows.tile_starts, rows.tile_expert,
         experts, depth, columns, rows.top_k, scale, *weight.stride(), *strides(factor),
         SCATTER=scatter and rows.slot is not None, OF=of, BY=by, **constants(sizes, depth, thin),
     )  # fmt: skip
@@ -125,25 +126,36 @@ def _whole_words(x: Tensor) -> Tensor:
 @triton.jit
 @no_type_check
 def _up_kernel(
-    x, gate_up, act, pre, thin, factor, slot, starts, tile_starts, tile_expert,
+    x, x_half, gate_up, act, pre, thin, factor, slot, starts, tile_starts, tile_expert,
     experts, depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
     OF: tl.constexpr, BY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(width, BN)
-    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    expert = tl.load(tile_expert + tile)
-    if expert >= experts:
-        return
-    end = tl.load(starts + expert + 1)
-    first = tl.load(starts + expert) + (tile - tl.load(tile_starts + expert)) * BM
+    expert, start, first, end = tile_place(starts, tile_starts, tile_expert, experts, width, BM, BN)
+    if expert < experts:
+        if end - first > BM // 2:
+            _up_tile(x, gate_up, act, pre, thin, factor, slot, expert, start, first, end, depth, width, top_k,
+                     e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
+                     OF, BY, BM, BN, BK, EVEN, RANK, RANKS)  # fmt: skip
+        else:
+            _up_tile(x_half, gate_up, act, pre, thin, factor, slot, expert, start, first, end, depth, width, top_k,
+                     e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
+                     OF, BY, BM // 2, BN, BK, EVEN, RANK, RANKS)  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def _up_tile(
+    x, gate_up, act, pre, thin, factor, slot, expert, start, first, end, depth, width, top_k,
+    e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride, OF: tl.constexpr, BY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
     row = tl.minimum(row, end - 1)
     source = row
     if OF == "tokens":
         source = tl.load(slot + row) // top_k
-    start = block * BN
     gate = tl.zeros((BM, BN), tl.float32)
     up = tl.zeros((BM, BN), tl.float32)
     for k in range(0, depth, BK):
@@ -173,18 +185,30 @@ def _up_kernel(
 @triton.jit
 @no_type_check
 def _up_backward_kernel(
-    gradient, down, pre, d_pre, act, parts, weights, thin, factor, slot, starts, tile_starts, tile_expert,
-    experts, depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
+    gradient, gradient_half, down, pre, d_pre, act, parts, weights, thin, factor, slot, starts, tile_starts,
+    tile_expert, experts, depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
     OF: tl.constexpr, BY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(width, BN)
-    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    expert = tl.load(tile_expert + tile)
-    if expert >= experts:
-        return
-    end = tl.load(starts + expert + 1)
-    first = tl.load(starts + expert) + (tile - tl.load(tile_starts + expert)) * BM
+    expert, start, first, end = tile_place(starts, tile_starts, tile_expert, experts, width, BM, BN)
+    if expert < experts:
+        if end - first > BM // 2:
+            _up_backward_tile(gradient, down, pre, d_pre, act, parts, weights, thin, factor, slot, expert, start,
+                              first, end, depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride,
+                              fr_stride, OF, BY, BM, BN, BK, EVEN, RANK, RANKS)  # fmt: skip
+        else:
+            _up_backward_tile(gradient_half, down, pre, d_pre, act, parts, weights, thin, factor, slot, expert, start,
+                              first, end, depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride,
+                              fr_stride, OF, BY, BM // 2, BN, BK, EVEN, RANK, RANKS)  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def _up_backward_tile(
+    gradient, down, pre, d_pre, act, parts, weights, thin, factor, slot, expert, start, first, end, depth, width,
+    top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride, OF: tl.constexpr, BY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
     row = tl.minimum(row, end - 1)
@@ -192,7 +216,6 @@ def _up_backward_kernel(
     if slot is not None:
         at_slot = tl.load(slot + row)
     source = at_slot // top_k if OF == "tokens" else row
-    start = block * BN
     d_act = tl.zeros((BM, BN), tl.float32)
     for k in range(0, depth, BK):
         rows = row_tile(gradient, source, first, k, depth, BK, EVEN, OF)
@@ -214,7 +237,7 @@ def _up_backward_kernel(
     else:
         share = _swiglu_backward(d_act, start, 0, row, live, weight, pre, d_pre, act, width, BM, BN)
     if weights is not None:
-        tl.store(parts + at_slot * blocks + block, share, mask=live)
+        tl.store(parts + at_slot * tl.cdiv(width, BN) + start // BN, share, mask=live)
 
 
 @triton.jit
@@ -257,18 +280,31 @@ def _swiglu_backward(d_act, start, offset, row, live, weight, pre, d_pre, act, w
 @triton.jit
 @no_type_check
 def _grouped_kernel(
-    x, weight, out, thin, factor, weights, slot, starts, tile_starts, tile_expert,
+    x, x_half, weight, out, thin, factor, weights, slot, starts, tile_starts, tile_expert,
     experts, depth, columns, top_k, scale, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
     SCATTER: tl.constexpr, OF: tl.constexpr, BY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(columns, BN)
-    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    expert = tl.load(tile_expert + tile)
-    if expert >= experts:
-        return
-    end = tl.load(starts + expert + 1)
-    first = tl.load(starts + expert) + (tile - tl.load(tile_starts + expert)) * BM
+    expert, start, first, end = tile_place(starts, tile_starts, tile_expert, experts, columns, BM, BN)
+    if expert < experts:
+        if end - first > BM // 2:
+            _grouped_tile(x, weight, out, thin, factor, weights, slot, expert, start, first, end, depth, columns,
+                          top_k, scale, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
+                          SCATTER, OF, BY, BM, BN, BK, EVEN, RANK, RANKS)  # fmt: skip
+        else:
+            _grouped_tile(x_half, weight, out, thin, factor, weights, slot, expert, start, first, end, depth, columns,
+                          top_k, scale, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
+                          SCATTER, OF, BY, BM // 2, BN, BK, EVEN, RANK, RANKS)  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def _grouped_tile(
+    x, weight, out, thin, factor, weights, slot, expert, start, first, end, depth, columns, top_k, scale,
+    e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
+    SCATTER: tl.constexpr, OF: tl.constexpr, BY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
     row = first + tl.arange(0, BM)
     live = row < end
     row = tl.minimum(row, end - 1)
@@ -276,7 +312,6 @@ def _grouped_kernel(
     if slot is not None:
         at_slot = tl.load(slot + row)
     source = at_slot // top_k if OF == "tokens" else row
-    start = block * BN
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, depth, BK):
         rows = row_tile(x, source, first, k, depth, BK, EVEN, OF)

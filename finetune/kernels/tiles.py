@@ -1,8 +1,9 @@
 """Tiles of a grouped product: how the rows of every expert are cut, and how a kernel reads a tile of rows or weights.
 
-A program computes one tile: rows of one expert, and a block of columns. Weights, and rows that need not be gathered,
-are read by descriptor (on Hopper by its copy engine) where their strides allow it, else by pointers. Columns beyond the
-last read zeros or wrap around, rows beyond the expert's last read some other row; neither is stored.
+A program computes one tile: rows of one expert, and a block of columns; half the rows where the expert has no more than
+that left. Weights, and rows that need not be gathered, are read by descriptor (on Hopper by its copy engine) where
+their strides allow it, else by pointers. Columns beyond the last read zeros or wrap around, rows beyond the expert's
+last read some other row; neither is stored.
 """
 
 from typing import NamedTuple, no_type_check
@@ -40,7 +41,7 @@ class Rows(NamedTuple):
 def cut(slot: Tensor | None, top_k: int, rows_per_expert: Tensor, rows: int, dtype: torch.dtype) -> Rows:
     """Cut every expert's rows into tiles; as many tiles as there could be at most, so that the host need not ask."""
     experts = len(rows_per_expert)
-    side = row_side(rows, experts, dtype)
+    side = row_side(dtype)
     tiles = (rows_per_expert + side - 1) // side
     starts, tile_starts = F.pad(torch.stack((rows_per_expert, tiles)).cumsum(1), (1, 0))
     most = rows // side + min(experts, rows)
@@ -48,31 +49,34 @@ def cut(slot: Tensor | None, top_k: int, rows_per_expert: Tensor, rows: int, dty
     return Rows(slot, top_k, starts, tile_starts, tile_expert, rows)
 
 
-def row_side(rows: int, experts: int, dtype: torch.dtype) -> int:
-    """Rows of a tile: few where experts get few, since a tile computes all of its rows."""
-    if dtype == torch.float32:
-        return 32
-    return 128 if rows >= 48 * experts else 64
+def row_side(dtype: torch.dtype) -> int:
+    """Rows of a whole tile. The last tile of an expert is half as high where its rows fit into that."""
+    return 32 if dtype == torch.float32 else 128
 
 
-def sizes_of(kind: str, rows: Rows, dtype: torch.dtype, *, columns: int) -> Sizes:
+def sizes_of(kind: str, dtype: torch.dtype, *, columns: int) -> Sizes:
     """Tiles of one product, chosen by measurement (benchmarks/moe_layer.py) on a Hopper GPU."""
-    side = row_side(rows.rows, len(rows.starts) - 1, dtype)
     if dtype == torch.float32:
-        sizes = Sizes(side, 32, 32, 4, 2)
+        sizes = Sizes(row_side(dtype), 32, 32, 4, 2)
     else:
         # Four stages of 128 x 64 and 256 x 64 numbers fill the shared memory of a multiprocessor.
-        sizes = Sizes(side, 128 if kind == "up" else 256, 64, 8, 4)
+        sizes = Sizes(row_side(dtype), 128 if kind == "up" else 256, 64, 8, 4)
     return sizes._replace(columns=min(sizes.columns, max(16, triton.next_power_of_2(columns))))
 
 
-def left_operand(x: Tensor, rows: Rows, sizes: Sizes, *, gathered: bool) -> tuple[Tensor | TensorDescriptor, str]:
-    """How a kernel reads its rows: gathered by token; by descriptor where they lie side by side and aligned; or not."""
+def left_operand(
+    x: Tensor, rows: Rows, sizes: Sizes, *, gathered: bool
+) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, str]:
+    """How a whole tile reads its rows, and how half a tile does.
+
+    Gathered by token; by descriptor where they lie side by side and aligned; or by pointers.
+    """
     if gathered and rows.slot is not None:
-        return x, "tokens"
+        return x, x, "tokens"
     if _is_aligned(x):
-        return TensorDescriptor.from_tensor(x, [sizes.rows, sizes.depth]), "descriptor"
-    return x, "rows"
+        whole, half = (TensorDescriptor.from_tensor(x, [side, sizes.depth]) for side in (sizes.rows, sizes.rows // 2))
+        return whole, half, "descriptor"
+    return x, x, "rows"
 
 
 def right_operand(weight: Tensor, sizes: Sizes) -> tuple[Tensor | TensorDescriptor, str]:
@@ -100,6 +104,18 @@ def constants(sizes: Sizes, depth: int, thin: Tensor | None) -> dict[str, int | 
         "RANK": rank, "RANKS": max(16, triton.next_power_of_2(rank)) if rank else 0,
         "num_warps": sizes.warps, "num_stages": sizes.stages,
     }  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def tile_place(starts, tile_starts, tile_expert, experts, columns, BM: tl.constexpr, BN: tl.constexpr):
+    """Expert, first column, first row and end of the expert's rows of this program's tile; expert = experts: none."""
+    blocks = tl.cdiv(columns, BN)
+    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    expert = tl.load(tile_expert + tile)
+    one = tl.minimum(expert, experts - 1)
+    first = tl.load(starts + one) + (tile - tl.load(tile_starts + one)) * BM
+    return expert, block * BN, first, tl.load(starts + one + 1)
 
 
 @triton.jit
