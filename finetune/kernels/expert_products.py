@@ -16,6 +16,8 @@ from finetune.kernels.tiles import (
     add_thin,
     constants,
     left_operand,
+    pair_operand,
+    pair_tile,
     right_operand,
     row_tile,
     sizes_of,
@@ -29,17 +31,17 @@ def up_product(
     x: Tensor, gate_up: Tensor, rows: Rows, thin: Tensor | None, factor: Tensor | None, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """silu(gate) * up of every row, and where they are kept, gate and up."""
-    experts, width, depth = gate_up.shape[0], gate_up.shape[1] // 2, x.shape[1]
+    width, depth = gate_up.shape[1] // 2, x.shape[1]
     act = x.new_empty(rows.rows, width)
     pre = x.new_empty(rows.rows, 2 * width) if keep else None
     if not rows.rows:
         return act, pre
     sizes = sizes_of("up", x.dtype, columns=width)
     left, left_half, of = left_operand(x, rows, sizes, gathered=True)
-    right, by = right_operand(gate_up, sizes)
-    _up_kernel[(len(rows.tile_expert) * triton.cdiv(width, sizes.columns),)](
-        left, left_half, right, act, pre, thin, factor, rows.slot, rows.starts, rows.tile_starts, rows.tile_expert,
-        experts, depth, width, rows.top_k, *gate_up.stride(), *strides(factor),
+    right, by = pair_operand(gate_up, sizes)
+    _up_kernel[(len(rows.tiles) * triton.cdiv(width, sizes.columns),)](
+        left, left_half, right, act, pre, thin, factor, rows.slot, rows.tiles,
+        depth, width, rows.top_k, *gate_up.stride(), *strides(factor),
         OF=of, BY=by, **constants(sizes, depth, thin),
     )  # fmt: skip
     return act, pre
@@ -49,9 +51,12 @@ def up_backward(
     gradient: Tensor, down: Tensor, pre: Tensor, rows: Rows, weights: Tensor | None,
     thin: Tensor | None, factor: Tensor | None, *, keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradient of gate and up; of the routing weights; and where `keep`, routing weight x activation of every row."""
-    experts, depth, width = down.shape
-    d_pre = torch.empty_like(pre)
+    """Gradient of gate and up; of the routing weights; and where `keep`, routing weight x activation of every row.
+
+    The first takes the memory of gate and up: torch refuses a second backward pass that would read them.
+    """
+    _, depth, width = down.shape
+    torch.autograd.graph.increment_version(pre)
     sizes = sizes_of("up_backward", pre.dtype, columns=width)
     blocks = triton.cdiv(width, sizes.columns)
     act = pre.new_empty(rows.rows, width) if keep else None
@@ -60,14 +65,13 @@ def up_backward(
         factor = None if factor is None else factor.transpose(1, 2)
         left, left_half, of = left_operand(gradient, rows, sizes, gathered=True)
         right, by = right_operand(down.transpose(1, 2), sizes)
-        _up_backward_kernel[(len(rows.tile_expert) * blocks,)](
-            left, left_half, right, pre, d_pre, act, parts, weights, thin, factor,
-            rows.slot, rows.starts, rows.tile_starts, rows.tile_expert,
-            experts, depth, width, rows.top_k, *down.transpose(1, 2).stride(), *strides(factor),
+        _up_backward_kernel[(len(rows.tiles) * blocks,)](
+            left, left_half, right, pre, act, parts, weights, thin, factor,
+            rows.slot, rows.tiles, depth, width, rows.top_k, *down.transpose(1, 2).stride(), *strides(factor),
             OF=of, BY=by, **constants(sizes, depth, thin),
         )  # fmt: skip
     d_weights = None if parts is None or weights is None else parts.sum(1).view_as(weights).to(weights.dtype)
-    return d_pre, d_weights, act
+    return pre, d_weights, act
 
 
 def grouped_product(
@@ -81,16 +85,16 @@ def grouped_product(
         weight: (experts, columns, depth) with any strides.
         scatter: store each row at its slot instead of its sorted place.
     """
-    experts, columns, depth = weight.shape
+    _, columns, depth = weight.shape
     out = x.new_empty(rows.rows, columns)
     if not rows.rows:
         return out
     sizes = sizes_of("grouped", x.dtype, columns=columns)
     left, left_half, of = left_operand(x, rows, sizes, gathered=gathered)
     right, by = right_operand(weight, sizes)
-    _grouped_kernel[(len(rows.tile_expert) * triton.cdiv(columns, sizes.columns),)](
-        left, left_half, right, out, thin, factor, weights, rows.slot, rows.starts, rows.tile_starts, rows.tile_expert,
-        experts, depth, columns, rows.top_k, scale, *weight.stride(), *strides(factor),
+    _grouped_kernel[(len(rows.tiles) * triton.cdiv(columns, sizes.columns),)](
+        left, left_half, right, out, thin, factor, weights, rows.slot, rows.tiles,
+        depth, columns, rows.top_k, scale, *weight.stride(), *strides(factor),
         SCATTER=scatter and rows.slot is not None, OF=of, BY=by, **constants(sizes, depth, thin),
     )  # fmt: skip
     return out
@@ -126,13 +130,13 @@ def _whole_words(x: Tensor) -> Tensor:
 @triton.jit
 @no_type_check
 def _up_kernel(
-    x, x_half, gate_up, act, pre, thin, factor, slot, starts, tile_starts, tile_expert,
-    experts, depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
+    x, x_half, gate_up, act, pre, thin, factor, slot, tiles,
+    depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
     OF: tl.constexpr, BY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    expert, start, first, end = tile_place(starts, tile_starts, tile_expert, experts, width, BM, BN)
-    if expert < experts:
+    expert, start, first, end = tile_place(tiles, width, BN)
+    if first < end:
         if end - first > BM // 2:
             _up_tile(x, gate_up, act, pre, thin, factor, slot, expert, start, first, end, depth, width, top_k,
                      e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
@@ -156,18 +160,12 @@ def _up_tile(
     source = row
     if OF == "tokens":
         source = tl.load(slot + row) // top_k
-    gate = tl.zeros((BM, BN), tl.float32)
-    up = tl.zeros((BM, BN), tl.float32)
+    both = tl.zeros((BM, 2 * BN), tl.float32)
     for k in range(0, depth, BK):
         rows = row_tile(x, source, first, k, depth, BK, EVEN, OF)
-        to_gate = weight_tile(
-            gate_up, expert, start, k, 2 * width, depth, e_stride, n_stride, k_stride, BN, BK, EVEN, BY
-        )
-        to_up = weight_tile(
-            gate_up, expert, width + start, k, 2 * width, depth, e_stride, n_stride, k_stride, BN, BK, EVEN, BY
-        )
-        gate = tl.dot(rows, to_gate, gate, input_precision="ieee")
-        up = tl.dot(rows, to_up, up, input_precision="ieee")
+        right = pair_tile(gate_up, expert, start, k, width, depth, e_stride, n_stride, k_stride, BN, BK, EVEN, BY)
+        both = tl.dot(rows, right, both, input_precision="ieee")
+    gate, up = _halves(both, BM, 2 * BN)
     column = start + tl.arange(0, BN)
     if RANK:
         inside = column % width
@@ -185,19 +183,19 @@ def _up_tile(
 @triton.jit
 @no_type_check
 def _up_backward_kernel(
-    gradient, gradient_half, down, pre, d_pre, act, parts, weights, thin, factor, slot, starts, tile_starts,
-    tile_expert, experts, depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
+    gradient, gradient_half, down, pre, act, parts, weights, thin, factor, slot, tiles,
+    depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
     OF: tl.constexpr, BY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    expert, start, first, end = tile_place(starts, tile_starts, tile_expert, experts, width, BM, BN)
-    if expert < experts:
+    expert, start, first, end = tile_place(tiles, width, BN)
+    if first < end:
         if end - first > BM // 2:
-            _up_backward_tile(gradient, down, pre, d_pre, act, parts, weights, thin, factor, slot, expert, start,
+            _up_backward_tile(gradient, down, pre, act, parts, weights, thin, factor, slot, expert, start,
                               first, end, depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride,
                               fr_stride, OF, BY, BM, BN, BK, EVEN, RANK, RANKS)  # fmt: skip
         else:
-            _up_backward_tile(gradient_half, down, pre, d_pre, act, parts, weights, thin, factor, slot, expert, start,
+            _up_backward_tile(gradient_half, down, pre, act, parts, weights, thin, factor, slot, expert, start,
                               first, end, depth, width, top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride,
                               fr_stride, OF, BY, BM // 2, BN, BK, EVEN, RANK, RANKS)  # fmt: skip
 
@@ -205,7 +203,7 @@ def _up_backward_kernel(
 @triton.jit
 @no_type_check
 def _up_backward_tile(
-    gradient, down, pre, d_pre, act, parts, weights, thin, factor, slot, expert, start, first, end, depth, width,
+    gradient, down, pre, act, parts, weights, thin, factor, slot, expert, start, first, end, depth, width,
     top_k, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride, OF: tl.constexpr, BY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
@@ -232,10 +230,10 @@ def _up_backward_tile(
     # In pieces of columns, since the whole tile beside gate and up would not fit into registers.
     if BN >= 128:
         left, right = _halves(d_act, BM, BN)
-        share = _swiglu_backward(left, start, 0, row, live, weight, pre, d_pre, act, width, BM, BN // 2)
-        share += _swiglu_backward(right, start, BN // 2, row, live, weight, pre, d_pre, act, width, BM, BN // 2)
+        share = _swiglu_backward(left, start, 0, row, live, weight, pre, act, width, BM, BN // 2)
+        share += _swiglu_backward(right, start, BN // 2, row, live, weight, pre, act, width, BM, BN // 2)
     else:
-        share = _swiglu_backward(d_act, start, 0, row, live, weight, pre, d_pre, act, width, BM, BN)
+        share = _swiglu_backward(d_act, start, 0, row, live, weight, pre, act, width, BM, BN)
     if weights is not None:
         tl.store(parts + at_slot * tl.cdiv(width, BN) + start // BN, share, mask=live)
 
@@ -249,15 +247,13 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _swiglu_backward(d_act, start, offset, row, live, weight, pre, d_pre, act, width, BM: tl.constexpr,
+def _swiglu_backward(d_act, start, offset, row, live, weight, pre, act, width, BM: tl.constexpr,
                      BN: tl.constexpr):  # fmt: skip
-    """Store the gradient of gate and up for a piece of columns; return its share of the routing weights' gradient."""
+    """Store the gradient of gate and up in their place for a piece of columns; return its share of the weights'."""
     if BN >= 128:
         left, right = _halves(d_act, BM, BN)
-        share = _swiglu_backward(left, start, offset, row, live, weight, pre, d_pre, act, width, BM, BN // 2)
-        share += _swiglu_backward(
-            right, start, offset + BN // 2, row, live, weight, pre, d_pre, act, width, BM, BN // 2
-        )
+        share = _swiglu_backward(left, start, offset, row, live, weight, pre, act, width, BM, BN // 2)
+        share += _swiglu_backward(right, start, offset + BN // 2, row, live, weight, pre, act, width, BM, BN // 2)
     else:
         column = start + offset + tl.arange(0, BN)
         mask = live[:, None] & (column < width)[None, :]
@@ -272,21 +268,21 @@ def _swiglu_backward(d_act, start, offset, row, live, weight, pre, d_pre, act, w
             tl.store(act + row[:, None] * width + column[None, :], weighted.to(act.dtype.element_ty), mask=mask)
         d_act *= weight[:, None]
         d_gate = d_act * up * sigmoid * (1 + gate * (1 - sigmoid))
-        tl.store(d_pre + kept, d_gate.to(d_pre.dtype.element_ty), mask=mask)
-        tl.store(d_pre + kept + width, (d_act * silu).to(d_pre.dtype.element_ty), mask=mask)
+        tl.store(pre + kept, d_gate.to(pre.dtype.element_ty), mask=mask)
+        tl.store(pre + kept + width, (d_act * silu).to(pre.dtype.element_ty), mask=mask)
     return share
 
 
 @triton.jit
 @no_type_check
 def _grouped_kernel(
-    x, x_half, weight, out, thin, factor, weights, slot, starts, tile_starts, tile_expert,
-    experts, depth, columns, top_k, scale, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
+    x, x_half, weight, out, thin, factor, weights, slot, tiles,
+    depth, columns, top_k, scale, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,
     SCATTER: tl.constexpr, OF: tl.constexpr, BY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    expert, start, first, end = tile_place(starts, tile_starts, tile_expert, experts, columns, BM, BN)
-    if expert < experts:
+    expert, start, first, end = tile_place(tiles, columns, BN)
+    if first < end:
         if end - first > BM // 2:
             _grouped_tile(x, weight, out, thin, factor, weights, slot, expert, start, first, end, depth, columns,
                           top_k, scale, e_stride, n_stride, k_stride, fe_stride, fn_stride, fr_stride,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from finetune.model.moe import Routing
 
-ROWS = 8  # tokens of a program
+ROWS = 4  # tokens of a program of one warp, in which the search for the largest needs no barrier
+BACKWARD_ROWS = 8
 
 
 def route_fused(
@@ -45,7 +46,7 @@ class _Route(torch.autograd.Function):
         if tokens:
             _route_kernel[(programs,)](
                 logits, chosen, shares, counted, probabilities, squares, tokens, experts,
-                **_constants(top_k, normalise, experts),
+                **_constants(top_k, normalise, experts), ROWS=ROWS, num_warps=1,
             )  # fmt: skip
         ctx.save_for_backward(x, weight, logits, chosen)
         ctx.top_k, ctx.normalise = top_k, normalise
@@ -62,11 +63,12 @@ class _Route(torch.autograd.Function):
             return None, None, None, None
         d_logits = torch.empty(logits.shape, dtype=x.dtype, device=x.device)
         if len(x):
-            _route_backward_kernel[(triton.cdiv(len(x), ROWS),)](
+            _route_backward_kernel[(triton.cdiv(len(x), BACKWARD_ROWS),)](
                 logits, chosen,
                 None if d_shares is None else d_shares.contiguous(),
                 None if d_logits_given is None else d_logits_given.contiguous(),
                 d_logits, len(x), len(weight), **_constants(ctx.top_k, ctx.normalise, len(weight)),
+                ROWS=BACKWARD_ROWS, num_warps=4,
             )  # fmt: skip
         d_x = d_logits @ weight.to(x.dtype) if ctx.needs_input_grad[0] else None
         d_weight = (d_logits.t() @ x).to(weight.dtype) if ctx.needs_input_grad[1] else None
@@ -76,7 +78,7 @@ class _Route(torch.autograd.Function):
 def _constants(top_k: int, normalise: bool, experts: int) -> dict[str, int | bool]:
     return {
         "TOP_K": top_k, "TOP_KS": triton.next_power_of_2(top_k), "NORMALISE": normalise,
-        "ROWS": ROWS, "BLOCK": triton.next_power_of_2(experts), "num_warps": 4,
+        "BLOCK": triton.next_power_of_2(experts),
     }  # fmt: skip
 
 
@@ -109,10 +111,10 @@ def _route_kernel(
     share = tl.zeros((ROWS, TOP_KS), tl.float32)
     count = tl.zeros((BLOCK,), tl.int32)
     for place in tl.static_range(TOP_K):
-        expert = tl.argmax(left, axis=1, tie_break_left=True)
+        largest, expert = tl.max(left, axis=1, return_indices=True, return_indices_tie_break_left=True)
         hit = column[None, :] == expert[:, None]
         best = tl.where(choice[None, :] == place, expert[:, None].to(tl.int64), best)
-        share = tl.where(choice[None, :] == place, tl.max(left, axis=1)[:, None], share)
+        share = tl.where(choice[None, :] == place, largest[:, None], share)
         left = tl.where(hit, -1.0, left)
         count += tl.sum((hit & live[:, None]).to(tl.int32), axis=0)
     if NORMALISE:

@@ -9,7 +9,6 @@ last read some other row; neither is stored.
 from typing import NamedTuple, no_type_check
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from jaxtyping import Int
@@ -33,20 +32,21 @@ class Rows(NamedTuple):
     slot: Int[Tensor, " rows"] | None  # (token, choice) of each sorted row; None: rows are sorted as they are
     top_k: int
     starts: Int[Tensor, " experts_and_one"]  # first row of each expert, and the number of rows
-    tile_starts: Int[Tensor, " experts_and_one"]
-    tile_expert: Int[Tensor, " tiles"]  # number of experts where a tile is not used
+    tiles: Int[Tensor, "tiles 3"]  # int32: expert, first row, end of the expert's rows; 0, 0, 0 where it is not used
     rows: int
 
 
 def cut(slot: Tensor | None, top_k: int, rows_per_expert: Tensor, rows: int, dtype: torch.dtype) -> Rows:
     """Cut every expert's rows into tiles; as many tiles as there could be at most, so that the host need not ask."""
-    experts = len(rows_per_expert)
-    side = row_side(dtype)
-    tiles = (rows_per_expert + side - 1) // side
-    starts, tile_starts = F.pad(torch.stack((rows_per_expert, tiles)).cumsum(1), (1, 0))
+    experts, side = len(rows_per_expert), row_side(dtype)
     most = rows // side + min(experts, rows)
-    tile_expert = torch.searchsorted(tile_starts[1:], torch.arange(max(most, 1), device=starts.device), right=True)
-    return Rows(slot, top_k, starts, tile_starts, tile_expert, rows)
+    starts = rows_per_expert.new_empty(experts + 1)
+    tiles = rows_per_expert.new_empty(most, 3, dtype=torch.int32)
+    _cut_kernel[(experts + 1,)](
+        rows_per_expert, starts, tiles, experts, most,
+        SIDE=side, EXPERTS=triton.next_power_of_2(experts + 1), BLOCK=128, num_warps=4,
+    )  # fmt: skip
+    return Rows(slot, top_k, starts, tiles, rows)
 
 
 def row_side(dtype: torch.dtype) -> int:
@@ -88,6 +88,17 @@ def right_operand(weight: Tensor, sizes: Sizes) -> tuple[Tensor | TensorDescript
     return weight, "pointers"
 
 
+def pair_operand(weight: Tensor, sizes: Sizes) -> tuple[Tensor | TensorDescriptor, str]:
+    """The same for W_e that holds gate and up, (experts, 2 x width, depth): a tile has the same columns of both."""
+    pairs = weight.unflatten(1, (2, -1))
+    if _is_aligned(pairs):
+        return TensorDescriptor.from_tensor(pairs, [1, 2, sizes.columns, sizes.depth]), "columns"
+    pairs = pairs.permute(0, 3, 1, 2)
+    if _is_aligned(pairs):
+        return TensorDescriptor.from_tensor(pairs, [1, sizes.depth, 2, sizes.columns]), "rows"
+    return weight, "pointers"
+
+
 def _is_aligned(x: Tensor) -> bool:
     bytes_apart = [stride * x.element_size() for stride in x.stride()[:-1]]
     return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(apart % 16 == 0 for apart in bytes_apart)
@@ -108,14 +119,34 @@ def constants(sizes: Sizes, depth: int, thin: Tensor | None) -> dict[str, int | 
 
 @triton.jit
 @no_type_check
-def tile_place(starts, tile_starts, tile_expert, experts, columns, BM: tl.constexpr, BN: tl.constexpr):
-    """Expert, first column, first row and end of the expert's rows of this program's tile; expert = experts: none."""
+def _cut_kernel(rows_per_expert, starts, tiles, experts, most, SIDE: tl.constexpr, EXPERTS: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """Start and tiles of one expert; the program behind the last expert's marks the tiles that are left over."""
+    expert, at = tl.program_id(0), tl.arange(0, EXPERTS)
+    count = tl.load(rows_per_expert + at, mask=at < experts, other=0)
+    before = at < expert
+    start = tl.sum(tl.where(before, count, 0))
+    place = tl.sum(tl.where(before, (count + SIDE - 1) // SIDE, 0))
+    end = start + tl.sum(tl.where(at == expert, count, 0))
+    tl.store(starts + expert, start)
+    number = tl.where(expert < experts, (end - start + SIDE - 1) // SIDE, most - place)
+    for offset in range(0, number, BLOCK):
+        tile = offset + tl.arange(0, BLOCK)
+        mask, used = tile < number, (tile >= 0) & (expert < experts)
+        to = tiles + (place + tile) * 3
+        tl.store(to, tl.where(used, expert, 0), mask=mask)
+        tl.store(to + 1, tl.where(used, start + tile * SIDE, 0).to(tl.int32), mask=mask)
+        tl.store(to + 2, tl.where(used, end, 0).to(tl.int32), mask=mask)
+
+
+@triton.jit
+@no_type_check
+def tile_place(tiles, columns, BN: tl.constexpr):
+    """Expert, first column, first row and end of the expert's rows of this program's tile; of one not used, 0 and 0."""
     blocks = tl.cdiv(columns, BN)
-    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    expert = tl.load(tile_expert + tile)
-    one = tl.minimum(expert, experts - 1)
-    first = tl.load(starts + one) + (tile - tl.load(tile_starts + one)) * BM
-    return expert, block * BN, first, tl.load(starts + one + 1)
+    tile, block = tiles + tl.program_id(0) // blocks * 3, tl.program_id(0) % blocks
+    expert = tl.load(tile).to(tl.int64)
+    return expert, block * BN, tl.load(tile + 1).to(tl.int64), tl.load(tile + 2).to(tl.int64)
 
 
 @triton.jit
@@ -130,6 +161,26 @@ def weight_tile(weight, expert, column, k, columns, depth, e_stride, n_stride, k
     else:
         at = k + tl.arange(0, BK)
         inside = (column + tl.arange(0, BN)) % columns
+        place = weight + expert * e_stride + inside[None, :] * n_stride + at[:, None] * k_stride
+        if EVEN:
+            tile = tl.load(place)
+        else:
+            tile = tl.load(place, mask=(at < depth)[:, None], other=0.0)
+    return tile
+
+
+@triton.jit
+@no_type_check
+def pair_tile(weight, expert, column, k, width, depth, e_stride, n_stride, k_stride,
+              BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, BY: tl.constexpr):  # fmt: skip
+    """BN columns of the gate and the same of up, side by side, (BK, 2 BN), as `weight_tile` reads them."""
+    if BY == "columns":
+        tile = weight.load([expert.to(tl.int32), 0, column, k]).reshape(2 * BN, BK).T
+    elif BY == "rows":
+        tile = weight.load([expert.to(tl.int32), k, 0, column]).reshape(BK, 2 * BN)
+    else:
+        at, side = k + tl.arange(0, BK), tl.arange(0, 2 * BN)
+        inside = (side // BN) * width + (column + side % BN) % width
         place = weight + expert * e_stride + inside[None, :] * n_stride + at[:, None] * k_stride
         if EVEN:
             tile = tl.load(place)
