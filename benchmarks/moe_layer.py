@@ -34,9 +34,7 @@ def routing_of(experts: Tensor, weights: Tensor, count: int) -> Routing:
 
 
 def ours(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return fused_experts.moe_fused(
-        x, routing_of(experts, weights, len(gate_up)), gate_up, down, None, torch.zeros_like(x)
-    )
+    return fused_experts.moe_fused(x, routing_of(experts, weights, len(gate_up)), gate_up, down, None, None)
 
 
 def torch_grouped(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
 
     mixer: float  # saved by the mixer's half
     experts: float  # saved by the experts' half
-    between: float  # left even when both are computed again
+    between: float  # left even when both are computed again; attention's own output among it
     gradients: float  # made in the backward pass, at once
 
 
@@ -67,7 +67,10 @@ def sizes(config: ModelConfig, setting: Setting) -> tuple[Sizes, ...]:
 
 
 def mixer_tensors(config: ModelConfig, layer: int, setting: Setting) -> list[float]:
-    """Bytes per token of every tensor that the mixer's half of a layer saves, small ones left out."""
+    """Bytes per token of every tensor that the mixer's half of a layer saves, without what attention itself gives.
+
+    Small ones are left out.
+    """
     size = float(config.hidden_size * setting.weight_bytes)
     # The fused norms keep their input alone: that of the first is the layer's, which is kept anyway.
     norms = [size] if setting.fused_layers else 2 * _norm(config.hidden_size, setting)
@@ -102,10 +105,19 @@ def gathers(setting: Setting) -> bool:
 
 
 def kept_between_layers(config: ModelConfig, layer: int, setting: Setting) -> float:
-    """Bytes per token that a layer leaves even when it is computed again: its output, and what its router said."""
+    """Bytes per token that a layer leaves even when it is computed again.
+
+    Its output, what attention itself gave (which is never computed again), and what its router said.
+    """
+    attended = attention_output(config, setting) if config.layer_types[layer] == "full_attention" else 0
     logits = 2 * FLOAT32 * config.num_experts if setting.router_losses else 0  # they, and the losses' softmax
     routing = logits + config.num_experts_per_tok * (INT64 + setting.weight_bytes)
-    return config.hidden_size * setting.weight_bytes + (routing if config.is_moe(layer) else 0)
+    return config.hidden_size * setting.weight_bytes + attended + (routing if config.is_moe(layer) else 0)
+
+
+def attention_output(config: ModelConfig, setting: Setting) -> int:
+    """Bytes per token of what attention itself gives: its output, and in float32 the logarithms of its divisors."""
+    return config.num_attention_heads * (config.head_dim * setting.weight_bytes + FLOAT32)
 
 
 def mixer_gradients(config: ModelConfig, layer: int, setting: Setting) -> float:
@@ -176,11 +188,11 @@ def _attention(config: ModelConfig, setting: Setting) -> list[float]:
     mask = [float(time * weight)] if setting.masked else []
     attended = queries if setting.masked else keys  # beside a mask, keys and values are repeated for every head
     if setting.fused_mixers:
-        # Queries with their gates and keys, before and after norm and rotation; values; the output, and gated.
-        kept = [2 * queries, keys, queries, attended, attended, queries, queries]
+        # Queries with their gates and keys, before and after norm and rotation; values; the gated output.
+        kept = [2 * queries, keys, queries, attended, attended, queries]
         return [float(weight * size) for size in kept] + mask
     norms = _norm(queries, setting) + _norm(keys, setting)
-    return [*norms, *[float(weight * queries)] * 4, *[float(weight * attended)] * 2, *mask]
+    return [*norms, *[float(weight * queries)] * 3, *[float(weight * attended)] * 2, *mask]
 
 
 def _moe(config: ModelConfig, setting: Setting) -> list[float]:

@@ -71,14 +71,17 @@ def down_operations(config: ModelConfig) -> float:
 
 
 def half_operations(config: ModelConfig, layer: int, sequence_tokens: int) -> tuple[float, float]:
-    """Forward operations per token of one layer: of its mixer, and of its router and experts or dense MLP."""
+    """Forward operations per token that one layer does once more: its mixer, and its router and experts or dense MLP.
+
+    Attention itself is not among them: what it gives is kept.
+    """
     active = active_parameters(config)
     linear, moe = config.layer_types.count("linear_attention"), len(config.moe_layers)
-    attention, delta_rule = _mixer_operations(config, sequence_tokens)
+    _, delta_rule = _mixer_operations(config, sequence_tokens)
     if config.layer_types[layer] == "linear_attention":
         mixer = (2 * active["deltanet"] + delta_rule) / linear
     else:
-        mixer = (2 * active["attention"] + attention) / (config.num_hidden_layers - linear)
+        mixer = 2 * active["attention"] / (config.num_hidden_layers - linear)
     if config.is_moe(layer):
         return mixer, 2 * (active["experts"] + active["router"] + active["shared_expert"]) / moe
     return mixer, 2 * active["dense_mlp"] / (config.num_hidden_layers - moe)

@@ -241,6 +241,6 @@ def test_reentrant_checkpointing_would_be_caught(trained: str, world: World, mon
         parameter.requires_grad_(trained == "everything" or name.endswith("mlp.gate.weight"))
     assert prove_reach(model, BATCH, router_of(), world)
     checkpoint = models.checkpoint
-    monkeypatch.setattr(models, "checkpoint", lambda *args, use_reentrant: checkpoint(*args, use_reentrant=True))
+    monkeypatch.setattr(models, "checkpoint", lambda *args, **_: checkpoint(*args, use_reentrant=True))
     with pytest.raises(RouterLossError, match="gives a gradient of 0"):
         prove_reach(model, BATCH, router_of(), world)

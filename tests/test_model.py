@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextForCausalLM
 
@@ -157,11 +158,34 @@ def test_recompute_gives_identical_gradients(values: dict[str, Any]) -> None:
         assert all(torch.equal(other[name], expected) for other in found[1:]), name
 
 
+@pytest.mark.parametrize("again", [ALL, Recompute(True, False)], ids=["layer", "mixer"])
+def test_attention_itself_is_never_computed_again(again: Recompute) -> None:
+    model = random_model(tiny_config(num_hidden_layers=1, layer_types=["full_attention"]))
+    model.recompute = [again]
+    ids = torch.arange(24).view(1, 24)
+    calls: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        loss = model(ids, labels=ids).loss_sum
+        products = sum("scaled_dot_product" in call for call in calls)
+        matrices = sum("aten.mm" in call or "addmm" in call for call in calls)
+        calls.clear()
+        torch.autograd.grad(loss, list(model.model.layers.parameters()))
+    assert products == 1
+    assert [call for call in calls if "scaled_dot_product" in call and "backward" not in call] == []
+    assert sum("aten.mm" in call or "addmm" in call for call in calls) > 2 * matrices  # the projections are
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 100])
 def test_loss_in_chunks_is_the_loss_at_once(chunk_tokens: int) -> None:
     hidden, weight = torch.randn(2, 15, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     labels = torch.randint(11, (2, 15)).masked_fill(torch.rand(2, 15) < 0.4, -100)
-    found, count = token_loss_sum(hidden, weight, labels, chunk_tokens)
+    found, count = token_loss_sum(hidden, weight, labels, chunk_tokens=chunk_tokens)
     expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="sum")
     assert count == (labels != -100).sum()
     torch.testing.assert_close(found, expected)

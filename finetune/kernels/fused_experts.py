@@ -28,7 +28,7 @@ def moe_fused(
     gate_up: Float[Tensor, "experts two_width hidden"],
     down: Float[Tensor, "experts hidden width"],
     factors: ExpertFactors | None,
-    addend: Float[Tensor, "tokens hidden"],
+    addend: Float[Tensor, "tokens hidden"] | None,
 ) -> Float[Tensor, "tokens hidden"]:
     """addend + the routed experts of a device that holds all of them: sort, experts, weighted sum, in that order.
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from finetune.model.head import IGNORED
+from finetune.model.head import IGNORED, supervised_rows
 
 CHUNK_BYTES = 2**30  # of logits that exist at once
 
@@ -23,10 +23,10 @@ def token_loss_sum_fused(
     hidden: Float[Tensor, "batch time hidden"],
     weight: Float[Tensor, "vocabulary hidden"],
     labels: Int[Tensor, "batch time"],
+    supervised: int | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Cross-entropy summed over supervised tokens in float32, and their number. One host synchronisation."""
-    supervised = (labels.flatten() != IGNORED).nonzero().squeeze(-1)
-    x, targets = hidden.flatten(0, 1).index_select(0, supervised), labels.flatten()[supervised]
+    """Cross-entropy summed over supervised tokens in float32, and their number; `supervised` as there."""
+    x, targets = supervised_rows(hidden, labels, supervised)
     return _LossSum.apply(x, weight, targets), (labels != IGNORED).sum()
 
 

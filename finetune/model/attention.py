@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.attention.varlen  # makes its operator known
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -32,6 +33,16 @@ class Documents(NamedTuple):
 
 Isolation = Bool[Tensor, "batch 1 time time"] | Documents
 Isolate = Callable[[Packing], Isolation]
+
+# Attention itself, in every form that runs without keeping the scores. What it gives is kept even where a layer is
+# computed again: it costs as many operations as the layer has tokens, and is no wider than the layer's input twice.
+PRODUCTS = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.torch_attn._varlen_attn.default,
+]
 
 
 class GatedAttention(nn.Module):

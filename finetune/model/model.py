@@ -10,14 +10,15 @@ Source: `Qwen3NextForCausalLM`, transformers 5.23.
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from finetune.model.attention import (
+    PRODUCTS,
     GatedAttention,
     Isolate,
     Isolation,
@@ -27,7 +28,7 @@ from finetune.model.attention import (
 )
 from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
 from finetune.model.deltanet import DECAY_RATES, GatedDeltaNet
-from finetune.model.head import token_loss_sum
+from finetune.model.head import IGNORED, token_loss_sum
 from finetune.model.layers import MLP, RMSNorm, positions_in_segments, residual_norm, rotary_table
 from finetune.model.moe import MoE, Routing
 
@@ -56,7 +57,8 @@ class Layout(NamedTuple):
 class Block(nn.Module):
     """x + mixer(norm x), then x + experts(norm x); `add_and_norm` is the definition or a kernel equal to it.
 
-    Either half may be computed again in the backward pass instead of keeping what it would need there.
+    Either half may be computed again in the backward pass instead of keeping what it would need there; attention's own
+    output is kept all the same.
     """
 
     def __init__(self, config: ModelConfig, layer: int, local_experts: int):
@@ -79,7 +81,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Tensor, "batch time hidden"], Routing | None]:
         again = self.recompute if torch.is_grad_enabled() else NOTHING
         if all(again):  # at once, so that nothing but the layer's input is kept
-            x, out, routing = checkpoint(self._halves, x, layout, NOTHING, use_reentrant=False)
+            x, out, routing = self._again(self._halves, x, layout, NOTHING)
         else:
             x, out, routing = self._halves(x, layout, again)
         if layout.tokens is not None and routing is not None:
@@ -89,10 +91,15 @@ class Block(nn.Module):
 
     def _halves(self, x: Tensor, layout: Layout, again: Recompute) -> tuple[Tensor, Tensor, Routing | None]:
         """What the residual stream is after the mixer, what the experts add to it, and the routing."""
-        recomputed = partial(checkpoint, use_reentrant=False)
-        x, normed = recomputed(self._mix, x, layout) if again.mixer else self._mix(x, layout)
-        out, routing = recomputed(self._feed, normed, layout) if again.experts else self._feed(normed, layout)
+        x, normed = self._again(self._mix, x, layout) if again.mixer else self._mix(x, layout)
+        out, routing = self._again(self._feed, normed, layout) if again.experts else self._feed(normed, layout)
         return x, out, routing
+
+    def _again(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Keep the inputs, and what attention itself gives; compute the rest again in the backward pass."""
+        kept = noop_context_fn if self.is_linear else partial(create_selective_checkpoint_contexts, PRODUCTS)
+        draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+        return checkpoint(function, *inputs, use_reentrant=False, context_fn=kept, preserve_rng_state=draws)
 
     def _mix(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """x + mixer(norm x), and its norm."""
@@ -162,10 +169,10 @@ class HybridMoEForCausalLM(nn.Module):
             position_ids: position in the document; counted from the segment ids by default.
             labels: the token that each position must predict (already shifted), or -100.
         """
-        x, routings = self._decode(input_ids, segment_ids, position_ids)
+        x, routings, supervised = self._decode(input_ids, segment_ids, position_ids, labels)
         if labels is None:
             return Output(self.lm_head(x), None, None, routings)
-        loss_sum, token_count = self.loss(x, self.lm_head.weight, labels)
+        loss_sum, token_count = self.loss(x, self.lm_head.weight, labels, supervised)
         return Output(None, loss_sum, token_count, routings)
 
     @property
@@ -187,7 +194,7 @@ class HybridMoEForCausalLM(nn.Module):
 
     def route(self, input_ids: Int[Tensor, "batch time"], segment_ids: Int[Tensor, "batch time"]) -> dict[int, Routing]:
         """The routing of every layer, as `forward` gives it, without the cost and the memory of logits."""
-        return self._decode(input_ids, segment_ids, None)[1]
+        return self._decode(input_ids, segment_ids, None, None)[1]
 
     def tie(self) -> None:
         """Make the head use the embedding's weight where the configuration says so; again after either was replaced."""
@@ -195,37 +202,36 @@ class HybridMoEForCausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _decode(
-        self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None
-    ) -> tuple[Tensor, dict[int, Routing]]:
+        self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, dict[int, Routing], int]:
+        """Hidden states, the routing of every layer, and how many tokens have a label."""
         x = self.model.embed_tokens(input_ids)
-        layout = self._layout(x, segment_ids, position_ids)
+        layout, supervised = self._layout(x, segment_ids, position_ids, labels)
         routings = {}
         for layer, block in enumerate(self.model.layers):
             x, routing = block(x, layout)
             if routing is not None:
                 routings[layer] = routing if self.keep_router_logits else routing._replace(logits=None)
-        return self.model.norm(x), routings
+        return self.model.norm(x), routings, supervised
 
-    def _layout(self, x: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None) -> Layout:
+    def _layout(
+        self, x: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None, labels: Tensor | None
+    ) -> tuple[Layout, int]:
         batch, time = x.shape[:2]
-        tokens = isolation = None
         if segment_ids is None:
             segment_ids = torch.zeros(batch, time, dtype=torch.long, device=x.device)
-            positions = torch.arange(time, device=x.device).expand(batch, time)
-        else:
-            positions = positions_in_segments(segment_ids)
-            is_token = segment_ids.flatten() != PADDING
-            several = has_several_documents(segment_ids, PADDING)
-            facts = several, is_token.sum(), (positions == 0).sum(), positions.max() + 1
-            packed, count, documents, longest = torch.stack(facts).tolist()  # the one host synchronisation
-            if packed:
-                isolation = self.isolate(Packing(segment_ids, documents, longest))
-            if count < len(is_token):
-                tokens = torch.nonzero_static(is_token, size=count).squeeze(-1)
-        if position_ids is None:
-            position_ids = positions
-        cos, sin = rotary_table(position_ids, self.settings.rotary_dim, self.settings.rope_theta, x.dtype)
-        return Layout(segment_ids, cos, sin, isolation, tokens)
+        positions = positions_in_segments(segment_ids)
+        turns = positions if position_ids is None else position_ids
+        cos, sin = rotary_table(turns, self.settings.rotary_dim, self.settings.rope_theta, x.dtype)
+        is_token = segment_ids.flatten() != PADDING
+        several = has_several_documents(segment_ids, PADDING)
+        labelled = x.new_zeros((), dtype=torch.long) if labels is None else (labels != IGNORED).sum()
+        facts = several, is_token.sum(), (positions == 0).sum(), positions.max() + 1, labelled
+        # The one host synchronisation, behind all that can be begun without it.
+        packed, count, documents, longest, supervised = torch.stack(facts).tolist()
+        isolation = self.isolate(Packing(segment_ids, documents, longest)) if packed else None
+        tokens = torch.nonzero_static(is_token, size=count).squeeze(-1) if count < len(is_token) else None
+        return Layout(segment_ids, cos, sin, isolation, tokens), supervised
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
