@@ -20,7 +20,7 @@ peer=transformers_peft_fla
 measure 90 moe_layer --only nextune torch_grouped_mm transformers_grouped_mm --out "$results/moe_layer_h100.json"
 measure 150 step_memory --out "$results/step_memory_h100.json"
 measure 60 deltanet_layer --only nextune --out "$results/deltanet_layer_h100.json"
-measure 240 lora_step --warm --only $peer nextune nextune_no_recompute --out "$results/lora_step_h100.json"
+measure 240 lora_step --warm --only $peer nextune nextune_full_recompute nextune_no_recompute --out "$results/lora_step_h100.json"
 measure 300 lora_step --warm --only ${peer}_liger_unsloth ${peer}_liger ${peer}_liger_axolotl --out "$results/lora_step_h100.json"
 measure 180 deltanet_layer --out "$results/deltanet_layer_h100.json"
 measure 180 loss_curve --out "$results/loss_curve_h100.json"

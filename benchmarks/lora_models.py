@@ -15,7 +15,7 @@ import types
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,16 @@ from finetune.kernels.trial import Place
 from finetune.lora import inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
+from finetune.planner import FREE_FRACTION, GIB, Machine, Plan, plan
+from finetune.recipe import CHECKOUT, load_recipe
+from finetune.recompute import described
+from finetune.working_bytes import RUNTIME_DEVICE_BYTES
 
 RANK, ALPHA = 16, 32.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj")
 NO_RECOMPUTE = "_no_recompute"  # at the end of a name: nothing is computed twice, where memory allows
+FULL_RECOMPUTE = "_full_recompute"  # of this project: every layer is, as peers do
+LEAN_GIB = 30  # memory in which this project otherwise chooses by itself: what the leanest peer takes
 
 # Widths of Qwen3-Next-80B-A3B and Qwen3-Coder-Next.
 FULL: dict[str, Any] = {
@@ -52,6 +58,7 @@ class Contender:
     logits: Callable[[Tensor, Tensor], Tensor]  # ids, positions -> (batch, positions, vocabulary), without gradient
     autocast: Callable[[], AbstractContextManager[object]]  # around the forward pass
     about: str  # which kernels run, with versions
+    settle: Callable[[int, int], str] = lambda batch, time: ""  # before such batches: what is computed again, in words
 
 
 class MissingError(RuntimeError):
@@ -64,24 +71,26 @@ def build(name: str, values: dict[str, Any], device: torch.device, dtype: torch.
     Raises:
         MissingError: a package is not installed.
     """
+    if name.startswith("nextune"):
+        return _nextune(values, device, dtype, name.removeprefix("nextune"))
     recompute = not name.endswith(NO_RECOMPUTE)
     name = name.removesuffix(NO_RECOMPUTE)
-    if name == "nextune":
-        return _nextune(values, device, dtype, recompute=recompute)
     base, *parts = name.split("_liger")
     if base not in ("transformers_peft", "transformers_peft_fla"):
         raise ValueError(f"no contender is called {name}")
     return _transformers(values, device, dtype, recompute=recompute, fla=base.endswith("_fla"), extra=parts)
 
 
-def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, *, recompute: bool) -> Contender:
+def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, recompute: str) -> Contender:
     """What `finetune.assembly` puts together, less the reading of a checkpoint."""
+    if recompute not in ("", FULL_RECOMPUTE, NO_RECOMPUTE):
+        raise ValueError(f"no contender is called nextune{recompute}")
     with _built_on(device, dtype):
         model = HybridMoEForCausalLM(ModelConfig.from_dict(values))
     config = model.settings
     kernels = choose(experts="auto", layers="auto", mixers="auto", place=Place(config, device, dtype))
     install(model, kernels)
-    model.recompute = recompute
+    model.recompute = recompute != NO_RECOMPUTE
     model.keep_router_logits = False
     inject(model, rank=RANK, alpha=ALPHA, dropout=0.0, targets=TARGETS, seed=0)
     model.train()
@@ -95,7 +104,26 @@ def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, *
     def logits(ids: Tensor, positions: Tensor) -> Tensor:
         return model(ids, torch.zeros_like(ids)).logits[:, positions]
 
-    return Contender(model, model.model.layers, loss, logits, nullcontext, "; ".join(kernels.said))
+    def settle(batch: int, time: int) -> str:
+        depth = len(model.model.layers)
+        cut = replace(config, num_hidden_layers=depth, layer_types=config.layer_types[:depth])
+        if not recompute:
+            # The plan leaves some of a card free, and counts what CUDA takes; the figures of a benchmark do not.
+            card = (LEAN_GIB * GIB + RUNTIME_DEVICE_BYTES) / (1 - FREE_FRACTION)
+            model.recompute = planned(cut, batch, time, int(card)).recompute
+        return f"again: {described(cut, model.recompute)}"
+
+    return Contender(model, model.model.layers, loss, logits, nullcontext, "; ".join(kernels.said), settle)
+
+
+def planned(config: ModelConfig, batch: int, time: int, device_bytes: int) -> Plan:
+    """The plan of a LoRA run on one GPU with so much memory, in micro-batches of `batch` sequences."""
+    count = batch * time
+    sizes = (f"train.sequence_tokens={time}", f"train.micro_batch_tokens={count}", f"train.global_batch_tokens={count}")
+    recipe = load_recipe(
+        CHECKOUT / "recipes" / "code.yaml", [*sizes, "parallel.ranks=1", "parallel.expert=1"], check_paths=False
+    )
+    return plan(config, recipe, Machine(ranks=1, ranks_per_node=1, device_name="a GPU", device_bytes=device_bytes))
 
 
 def _transformers(

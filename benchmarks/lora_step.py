@@ -2,8 +2,9 @@
 
 Real widths (512 experts, hidden 2048, vocabulary 151,936), random bfloat16 weights, adapters of rank 16 on the
 projections of attention and DeltaNet, 16,384 tokens a step; 8 layers, and 4 to extrapolate to 48. Peers recompute every
-layer in the backward pass unless their name says otherwise. A contender has a row only if it is right: the losses of
-single tokens before the first step, and the fall of the loss over the steps, must be those of the base peer.
+layer in the backward pass unless their name says otherwise; `nextune` does what its plan says for the memory that the
+leanest of them takes, `nextune_full_recompute` recomputes every layer too. A contender has a row only if it is right:
+the losses of single tokens before the first step, and the fall of the loss over the steps, must be the base peer's.
 
     python -m benchmarks.lora_step --out benchmarks/results/lora_step_h100.json
     python -m benchmarks.lora_step --profile nextune
@@ -25,13 +26,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.lora_models import FULL, flops_per_token
+from benchmarks.lora_models import FULL, FULL_RECOMPUTE, NO_RECOMPUTE, flops_per_token
 from benchmarks.lora_warm import warm_up
 from benchmarks.lora_worker import Setting, quartiles, serve
 from benchmarks.measure import PEAK, machine, write_results
 
 BASE = "transformers_peft_fla"
-DEFAULT = (BASE, f"{BASE}_liger", f"{BASE}_liger_unsloth", f"{BASE}_liger_axolotl", "nextune")
+OURS = "nextune"
+DEFAULT = (
+    BASE, f"{BASE}_liger", f"{BASE}_liger_unsloth", f"{BASE}_liger_axolotl", OURS,
+    OURS + FULL_RECOMPUTE, OURS + NO_RECOMPUTE,
+)  # fmt: skip
 WARM_UP_STEPS = 4
 PATIENCE_SECONDS = 240  # for one answer of a contender, compiling included
 # Of the spread of losses over tokens. Right implementations were 2% to 10% apart on an H100: bfloat16 changes the
@@ -116,6 +121,7 @@ def measure(pipe: Connection, name: str, case: dict[str, Any], repeats: int) -> 
     }
     if name.startswith("nextune"):
         row["busiest_expert"] = round(ask(pipe, "load"), 2)
+        row["recompute"] = ask(pipe, "recompute")
     return row
 
 
@@ -163,7 +169,10 @@ def run(
     """Measure one contender, put its rows that pass beside the others; what was refused."""
     refused = []
     began = time.monotonic()
-    setting = Setting(FULL, max(case["layers"] for case in wanted), "cuda", torch.bfloat16)
+    deepest = max(case["layers"] for case in wanted)
+    if name == OURS:  # its rows of other depths are of no use
+        wanted = [case for case in wanted if case["layers"] == deepest]
+    setting = Setting(FULL, deepest, "cuda", torch.bfloat16)
     try:
         with contender(name, setting) as pipe:
             for case in wanted:
@@ -187,10 +196,13 @@ def run(
 
 
 def extrapolate(rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
-    """Beside every 8-layer row the 48 layers that 4 and 8 predict: the last 44 cost 11 times what 4 more did."""
+    """Beside every 8-layer row the 48 layers that 4 and 8 predict: the last 44 cost 11 times what 4 more did.
+
+    Only where all layers do alike; what `nextune` computes again depends on the memory that the depth leaves.
+    """
     for row in rows.values():
         four = rows.get(key({**row, "layers": 4}))
-        if row["layers"] != 8 or four is None:
+        if row["layers"] != 8 or four is None or row["name"] == OURS:
             continue
         batch, length = (int(part) for part in row["shape"].split("x"))
         milliseconds = four["milliseconds"] + 11 * (row["milliseconds"] - four["milliseconds"])

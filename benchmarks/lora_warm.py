@@ -27,7 +27,7 @@ def warm_up(names: Sequence[str]) -> None:
     processes = []
     if any("_fla" in name for name in names):
         processes += [context.Process(target=_share, args=(number,), daemon=True) for number in range(PROCESSES)]
-    if "nextune" in names:
+    if any(name.startswith("nextune") for name in names):
         processes.append(context.Process(target=_own, daemon=True))
     for process in processes:
         process.start()

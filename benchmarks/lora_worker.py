@@ -87,6 +87,7 @@ class Bench:
         config = getattr(model, "config", None)
         if config is not None:
             config.num_hidden_layers = layers
+        self.settled = self.contender.settle(batch, time)
         fill(model, zipf=zipf)
         self.updater = Updater(model)
         self.ids = tokens(batch, time, self.setting.values["vocab_size"]).to(self.device)
@@ -123,6 +124,10 @@ class Bench:
                 result.processor_milliseconds.append(1000 * (time.process_time() - worked))
         result.losses = torch.stack(losses).tolist()
         return result
+
+    def recompute(self) -> str:
+        """What is computed again, in words; empty where the contender has no choice."""
+        return self.settled
 
     def load(self) -> float | None:
         """How much more than the mean the busiest expert has to do, over all layers; known of this project's model."""

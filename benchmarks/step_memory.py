@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.lora_models import ALPHA, FULL, RANK, TARGETS, fill
+from benchmarks.lora_models import ALPHA, FULL, RANK, TARGETS, fill, planned
 from benchmarks.lora_worker import Updater, tokens
 from benchmarks.measure import write_results
 from finetune.kernels.choose import choose, install
@@ -23,8 +23,7 @@ from finetune.kernels.trial import Place
 from finetune.lora import inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.planner import FREE_FRACTION, GIB, Machine, plan
-from finetune.recipe import CHECKOUT, load_recipe
+from finetune.planner import FREE_FRACTION, GIB
 from finetune.recompute import described
 from finetune.working_bytes import RUNTIME_DEVICE_BYTES
 
@@ -94,18 +93,8 @@ def measure(model: HybridMoEForCausalLM, case: Case, device: torch.device) -> di
     config = replace(
         model.settings, num_hidden_layers=case.layers, layer_types=model.settings.layer_types[: case.layers]
     )
-    count = case.batch * case.time
-    sizes = (
-        f"train.sequence_tokens={case.time}",
-        f"train.micro_batch_tokens={count}",
-        f"train.global_batch_tokens={count}",
-    )
-    recipe = load_recipe(
-        CHECKOUT / "recipes" / "code.yaml", [*sizes, "parallel.ranks=1", "parallel.expert=1"], check_paths=False
-    )
     limit = int(case.gib * GIB)
-    name = torch.cuda.get_device_name()
-    made = plan(config, recipe, Machine(ranks=1, ranks_per_node=1, device_name=name, device_bytes=limit))
+    made = planned(config, case.batch, case.time, limit)
     assert made.fits, case
     model.recompute = made.recompute
     fill(model)

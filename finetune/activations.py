@@ -47,7 +47,8 @@ class Sizes(NamedTuple):
     mixer: float  # saved by the mixer's half
     experts: float  # saved by the experts' half
     between: float  # left even when both are computed again; attention's own output among it
-    gradients: float  # made in the backward pass, at once
+    mixer_gradients: float  # made at once in the backward pass of that half
+    experts_gradients: float
 
 
 @functools.cache
@@ -61,7 +62,8 @@ def sizes(config: ModelConfig, setting: Setting) -> tuple[Sizes, ...]:
                 sum(mixer_tensors(config, layer, setting)),
                 sum(experts_tensors(config, layer, setting)),
                 kept_between_layers(config, layer, setting),
-                max(mixer_gradients(config, layer, setting), experts_gradients(config, layer, setting)),
+                mixer_gradients(config, layer, setting),
+                experts_gradients(config, layer, setting),
             )
     return tuple(kinds[mixer, config.is_moe(layer)] for layer, mixer in enumerate(config.layer_types))
 
@@ -137,7 +139,8 @@ def experts_gradients(config: ModelConfig, layer: int, setting: Setting) -> floa
         return TRANSIENT_TENSORS * max(experts_tensors(config, layer, setting))
     top_k, hidden, width = config.num_experts_per_tok, config.hidden_size, config.moe_intermediate_size
     trains = setting.full_parameter or setting.expert_adapter_rank > 0  # then activations and gathered rows exist too
-    rows = hidden + 2 * width + (width + 2 * hidden if trains else 0)
+    # The gradient of the pre-activations takes their own memory.
+    rows = hidden + (width + 2 * hidden if trains else 0)
     return float(setting.weight_bytes * (top_k * rows + 2 * hidden))
 
 

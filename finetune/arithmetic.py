@@ -65,6 +65,11 @@ def recompute_operations(
     return again - skips_down * down_operations(config) * sum(layers[layer].experts for layer in config.moe_layers)
 
 
+def attention_operations(config: ModelConfig, sequence_tokens: int) -> float:
+    """Forward operations per token of attention itself, over all layers; they are never computed again."""
+    return _mixer_operations(config, sequence_tokens)[0]
+
+
 def down_operations(config: ModelConfig) -> float:
     """Forward operations per token of the experts' last product in one layer."""
     return 2.0 * config.num_experts_per_tok * config.hidden_size * config.moe_intermediate_size

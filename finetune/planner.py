@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from finetune import recompute, state_bytes, working_bytes
 from finetune.activations import FLOAT32, gathers
-from finetune.arithmetic import recompute_operations, step_operations
+from finetune.arithmetic import attention_operations, recompute_operations, step_operations
 from finetune.exchange_plan import NVLINK_GBIT, UNKNOWN, Exchange, Links, exchange
 from finetune.model.config import ALL, ModelConfig, Recompute
 from finetune.recipe import CHECKOUT, Recipe, RecipeError, resolve
@@ -174,7 +174,8 @@ class Plan:
 
     @property
     def _forward_operations(self) -> float:
-        return self._operations_of((ALL,) * self.config.num_hidden_layers)
+        layers = self._operations_of((ALL,) * self.config.num_hidden_layers)
+        return layers + attention_operations(self.config, self.recipe.train.sequence_tokens)
 
     def _operations_of(self, layers: tuple[Recompute, ...], skips_down: bool = False) -> float:
         config, tokens, adapters = self.config, self.recipe.train.sequence_tokens, self.active_adapters

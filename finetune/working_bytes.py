@@ -42,22 +42,22 @@ def setting(made: "Plan") -> Setting:
 def on_rank(made: "Plan") -> dict[str, int]:
     """What one micro-batch needs, by component. Layers that compute halves again take turns in holding them."""
     config, how, tokens = made.config, setting(made), made.recipe.train.micro_batch_tokens
-    between = held = turn = gradients = 0.0
+    between = held = turn = 0.0
     for size, again in zip(activations.sizes(config, how), made.recompute, strict=True):
         between += size.between
         held += size.mixer * (not again.mixer) + size.experts * (not again.experts)
         if again.experts and not again.mixer:  # the experts' input, to begin with
             held += config.hidden_size * how.weight_bytes
-        turn = max(turn, size.mixer * again.mixer + size.experts * again.experts)
-        gradients = max(gradients, size.gradients)
-    turn_bytes, gradient_bytes = int(tokens * turn), int(tokens * gradients)
+        # The experts' half is first, beside what the mixer's has computed again, and gone when it is the mixer's turn.
+        mixer = size.mixer * again.mixer
+        turn = max(turn, mixer + size.experts * again.experts + size.experts_gradients, mixer + size.mixer_gradients)
+    turn_bytes = int(tokens * turn)
     # While the head is differentiated no layer holds what it computes again: the two take turns.
-    logits = max(0, activations.loss_bytes(config, tokens, how) - turn_bytes - gradient_bytes)
+    logits = max(0, activations.loss_bytes(config, tokens, how) - turn_bytes)
     return {
         "kept between layers": int(tokens * between),
         "saved in all layers": int(tokens * held),
-        "saved in one layer, computed again": turn_bytes,
-        "gradients within a layer": gradient_bytes,
+        "one layer: what it computes again, and gradients": turn_bytes,
         "rows on their way between ranks": tokens * _travelling(made),  # with even load as many arrive
         "logits and their gradient, beyond a layer's": logits,
         "runtime": RUNTIME_HOST_BYTES if made.machine.device_bytes is None else RUNTIME_DEVICE_BYTES,
@@ -71,7 +71,7 @@ def uneven_load(made: "Plan") -> int:
         return 0  # every rank holds all experts, and its rows are those of its own tokens
     sizes = activations.sizes(config, how)
     held = sum(size.experts for size, again in zip(sizes, made.recompute, strict=True) if not again.experts)
-    turn = max(size.experts + size.gradients for size in sizes) + _travelling(made)
+    turn = max(size.experts + size.experts_gradients for size in sizes) + _travelling(made)
     return int(UNEVEN_LOAD * made.recipe.train.micro_batch_tokens * (held + turn))
 
 
