@@ -40,26 +40,31 @@ def setting(made: "Plan") -> Setting:
 
 
 def on_rank(made: "Plan") -> dict[str, int]:
-    """What one micro-batch needs, by component. Layers that compute halves again take turns in holding them."""
+    """What one micro-batch needs, by component, at the moment of the backward pass that needs most.
+
+    It goes through the layers from the last to the first. Every layer's turn needs all that the layer saves, kept since
+    the forward pass or computed again; what the layers behind it have kept is gone by then.
+    """
     config, how, tokens = made.config, setting(made), made.recipe.train.micro_batch_tokens
-    between = held = turn = 0.0
+    between = held = turn = before = 0.0
     for size, again in zip(activations.sizes(config, how), made.recompute, strict=True):
         between += size.between
-        held += size.mixer * (not again.mixer) + size.experts * (not again.experts)
+        # Computed again at once, the mixer's half is there already while the experts' has its turn.
+        mixer = size.mixer if again.experts or not again.mixer else 0.0
+        now = max(mixer + size.experts + size.experts_gradients, size.mixer + size.mixer_gradients)
+        if before + now > held + turn:
+            held, turn = before, now
+        before += size.mixer * (not again.mixer) + size.experts * (not again.experts)
         if again.experts and not again.mixer:  # the experts' input, to begin with
-            held += config.hidden_size * how.weight_bytes
-        # The experts' half is first, beside what the mixer's has computed again, and gone when it is the mixer's turn.
-        mixer = size.mixer * again.mixer
-        turn = max(turn, mixer + size.experts * again.experts + size.experts_gradients, mixer + size.mixer_gradients)
-    turn_bytes = int(tokens * turn)
-    # While the head is differentiated no layer holds what it computes again: the two take turns.
-    logits = max(0, activations.loss_bytes(config, tokens, how) - turn_bytes)
+            before += config.hidden_size * how.weight_bytes
+    # The head comes before any layer's turn, when all is kept that is kept.
+    logits = activations.loss_bytes(config, tokens, how) - int(tokens * (held + turn - before))
     return {
         "kept between layers": int(tokens * between),
-        "saved in all layers": int(tokens * held),
-        "one layer: what it computes again, and gradients": turn_bytes,
+        "saved in layers before the one that needs most": int(tokens * held),
+        "that layer, and its gradients": int(tokens * turn),
         "rows on their way between ranks": tokens * _travelling(made),  # with even load as many arrive
-        "logits and their gradient, beyond a layer's": logits,
+        "logits and their gradient, beyond that": max(0, logits),
         "runtime": RUNTIME_HOST_BYTES if made.machine.device_bytes is None else RUNTIME_DEVICE_BYTES,
     }
 
