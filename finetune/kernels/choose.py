@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.kernels import trial
+from finetune.kernels.delta_rule_products import gated_delta_rule_by_products
 from finetune.kernels.experts import experts_grouped
 from finetune.kernels.trial import Place
 from finetune.model import attention, deltanet
@@ -88,8 +89,8 @@ def choose(*, experts: str, layers: str, mixers: str, place: Place) -> Kernels:
     """
     kernels = Kernels()
     kernels.names["experts"] = _choose_experts(experts, place, kernels)
-    kernels.layers = _fused_or_plain("layers", layers, Layers(), _fused_layers, place, kernels)
-    kernels.mixers = _fused_or_plain("mixers", mixers, Mixers(), _fused_mixers, place, kernels)
+    kernels.layers = _chosen("layers", layers, Layers(), {"fused": _fused_layers}, place, kernels)
+    kernels.mixers = _chosen("mixers", mixers, Mixers(), {"fused": _fused_mixers, "cpu": _cpu_mixers}, place, kernels)
     return kernels
 
 
@@ -155,25 +156,32 @@ def _choose_experts(kind: str, place: Place, kernels: Kernels) -> str:
     return "loop"
 
 
-def _fused_or_plain(
-    name: str, kind: str, plain: Forms, fused: Callable[[Place], tuple[Forms, float]], place: Place, kernels: Kernels
+def _chosen(
+    name: str,
+    kind: str,
+    plain: Forms,
+    fast: dict[str, Callable[[Place], tuple[Forms, float]]],
+    place: Place,
+    kernels: Kernels,
 ) -> Forms:
-    """Triton on a GPU, plain torch elsewhere, unless the recipe says otherwise."""
+    """Triton on a GPU, the forms for a CPU on a CPU, the definitions elsewhere, unless the recipe says otherwise."""
     said, kernels.names[name] = kernels.said, "plain"
-    if kind == "plain" or (kind == "auto" and place.device.type != "cuda"):
+    form = {"cuda": "fused", "cpu": "cpu"}.get(place.device.type, "") if kind == "auto" else kind
+    if form not in fast:
         said.append(f"{name}: plain torch (the definitions), {'as the recipe asks' if kind == 'plain' else place}")
         return plain
+    words = {"fused": "fused kernels", "cpu": "plain torch with backward passes of its own"}[form]
     try:
-        forms, error = fused(place)
+        forms, error = fast[form](place)
     except FAULTS as fault:
         if kind == "fused":
             raise KernelError(
                 f"kernels.{name}: fused does not run in {place} ({_words(fault)}); use 'auto' or 'plain'"
             ) from fault
-        said.append(f"{name}: SLOW plain torch; the fused kernels do not serve here: {_words(fault)}")
+        said.append(f"{name}: SLOW plain torch (the definitions); {words}: does not serve here, {_words(fault)}")
         return plain
-    said.append(f"{name}: fused kernels, {place}, {_within(error)}")
-    kernels.names[name] = "fused"
+    said.append(f"{name}: {words}, {place}, {_within(error)}")
+    kernels.names[name] = "fused" if form == "fused" else "auto"  # of which the plan knows what it is on a CPU
     return forms
 
 
@@ -205,6 +213,11 @@ def _fused_mixers(place: Place) -> tuple[Mixers, float]:
     )
     if place.device.type == "cuda" and place.dtype == torch.bfloat16:  # flash attention knows no float32
         forms = forms._replace(attend_packed=attend_documents, isolate=document_starts)
+    return forms, trial.mixers(forms, Mixers(), place)
+
+
+def _cpu_mixers(place: Place) -> tuple[Mixers, float]:
+    forms = Mixers(rule=gated_delta_rule_by_products)
     return forms, trial.mixers(forms, Mixers(), place)
 
 
