@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finetune.kernels import trial
 from finetune.kernels.delta_rule_products import gated_delta_rule_by_products
+from finetune.kernels.deltanet_cpu import prepare_cpu
 from finetune.kernels.experts import experts_grouped
 from finetune.kernels.trial import Place
 from finetune.model import attention, deltanet
@@ -63,6 +64,9 @@ class Mixers(NamedTuple):
     attend_packed: Callable[..., Tensor] = attention.attend_masked
     isolate: Isolate = attention.document_mask
     gate_output: Callable[[Tensor, Tensor], Tensor] = attention.gate_output
+
+
+CPU_MIXERS = Mixers(prepare_delta=prepare_cpu, rule=gated_delta_rule_by_products)
 
 
 @dataclass
@@ -217,8 +221,7 @@ def _fused_mixers(place: Place) -> tuple[Mixers, float]:
 
 
 def _cpu_mixers(place: Place) -> tuple[Mixers, float]:
-    forms = Mixers(rule=gated_delta_rule_by_products)
-    return forms, trial.mixers(forms, Mixers(), place)
+    return CPU_MIXERS, trial.mixers(CPU_MIXERS, Mixers(), place)
 
 
 # What keeps a kernel from serving: it cannot be imported, compiled or launched (Triton's errors among them), or it
