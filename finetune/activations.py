@@ -39,6 +39,7 @@ class Setting:
     fused_experts: bool = False
     fused_layers: bool = False
     fused_mixers: bool = False
+    cpu_mixers: bool = False  # plain torch with backward passes of its own
 
 
 class Sizes(NamedTuple):
@@ -124,11 +125,15 @@ def attention_output(config: ModelConfig, setting: Setting) -> int:
 
 def mixer_gradients(config: ModelConfig, layer: int, setting: Setting) -> float:
     """Bytes per token of gradients, and tensors made for them, that exist at once in the mixer's backward pass."""
-    if not setting.fused_mixers or config.layer_types[layer] != "linear_attention":
+    own = setting.fused_mixers or setting.cpu_mixers
+    if not own or config.layer_types[layer] != "linear_attention":
         return TRANSIENT_TENSORS * max(mixer_tensors(config, layer, setting))
     # Of the states before and after each chunk, of corrections and values, of queries and keys by value head, and of
     # the projection.
     by_head = config.linear_num_value_heads * config.linear_key_head_dim
+    if setting.cpu_mixers:  # in float32, of all heads at once, with three matrices a chunk
+        matrices = 3 * config.linear_num_value_heads * DELTA_CHUNK_TOKENS
+        return FLOAT32 * (2 * _states(config) + 4 * config.value_dim + 3 * by_head + matrices)
     rule = 2 * _states(config) + 2 * config.value_dim + 2 * by_head
     return float(setting.weight_bytes * (rule + 2 * config.key_dim + 2 * config.value_dim))
 
@@ -178,10 +183,16 @@ def _deltanet(config: ModelConfig, setting: Setting) -> list[float]:
         # Projections, their convolution, two matrices a chunk, the output of the rule and that of the gated norm.
         kept = [channels + values, 2 * heads, channels, 2 * heads * DELTA_CHUNK_TOKENS, values, values]
         return [float(weight * size) for size in kept] + [float(FLOAT32 * heads)] * 4
+    outside = [channels] + [values] * (3 if setting.full_parameter else 2)
+    if setting.cpu_mixers:
+        # Queries, keys, values, corrections, output, and four matrices a chunk; four tensors of the gated norm.
+        rule = [config.key_dim] * 2 + [values] * 7 + [_states(config)]
+        rule += [heads * DELTA_CHUNK_TOKENS, config.linear_num_key_heads * DELTA_CHUNK_TOKENS] * 2
+        outside += [2 * config.key_dim] + [channels + values] * setting.full_parameter
+        return [float(FLOAT32 * size) for size in rule] + [float(weight * size) for size in outside]
     keys = heads * config.linear_key_head_dim  # keys are repeated for every value head
     rule = [keys] * 10 + [values] * 6 + [keys + values] + [heads * DELTA_CHUNK_TOKENS] * 6 + [_states(config)]
     convolution = [channels] * (config.linear_conv_kernel_dim if setting.full_parameter else 0)
-    outside = [channels] + [values] * (3 if setting.full_parameter else 2)
     return [float(FLOAT32 * size) for size in rule + convolution] + [float(weight * size) for size in outside]
 
 

@@ -181,8 +181,8 @@ class Kernels(Section):
     layers: Literal["auto", "fused", "plain"] = "auto"
     """Norms, router, shared expert and loss in kernels of our own or in plain torch; auto is fused on a GPU."""
     mixers: Literal["auto", "fused", "plain"] = "auto"
-    """DeltaNet and attention between their projections in kernels of our own or in plain torch; auto is fused on a
-    GPU."""
+    """DeltaNet and attention between their projections in kernels of our own or in plain torch; auto is fused on a GPU,
+    and on a CPU plain torch with backward passes of its own."""
 
 
 class Monitor(Section):

@@ -36,6 +36,7 @@ def setting(made: "Plan") -> Setting:
         fused_experts=fused_experts,
         fused_layers=fused_layers,
         fused_mixers=fused_mixers,
+        cpu_mixers=kernels.mixers == "auto" and not on_gpu,
     )
 
 

@@ -31,7 +31,7 @@ from finetune.activations import (
 from finetune.arithmetic import recompute_operations, step_operations
 from finetune.kernels import attention as attention_kernel
 from finetune.kernels import delta_rule, deltanet, fused_experts, gated_norm, loss, norm, residual_norm, router, swiglu
-from finetune.kernels.choose import Kernels, Layers, Mixers, install
+from finetune.kernels.choose import CPU_MIXERS, Kernels, Layers, Mixers, install
 from finetune.kernels.experts import experts_grouped
 from finetune.lora import inject
 from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
@@ -254,6 +254,8 @@ def saved_bytes(
             module.compute = experts_grouped
     if setting.fused_layers:
         install(model, FUSED)
+    if setting.cpu_mixers:
+        install(model, Kernels(experts=experts_grouped, mixers=CPU_MIXERS))
     model.recompute = (again,)
     if setting.exchanged:
         attach(model, dist.group.WORLD)
@@ -306,8 +308,12 @@ WIDE = {
 @pytest.mark.parametrize("dense", [False, True], ids=["experts", "dense"])
 @pytest.mark.parametrize("full", [False, True], ids=["adapters", "full"])
 @pytest.mark.parametrize("weight_bytes", [2, 4])
-@pytest.mark.parametrize("mixer", ["linear_attention", "full_attention"])
-def test_saved_tensors_of_a_layer(mixer: str, weight_bytes: int, full: bool, dense: bool, packed: bool) -> None:
+@pytest.mark.parametrize(
+    ("mixer", "cpu"), [("linear_attention", False), ("linear_attention", True), ("full_attention", False)]
+)
+def test_saved_tensors_of_a_layer(
+    mixer: str, cpu: bool, weight_bytes: int, full: bool, dense: bool, packed: bool
+) -> None:
     config = ModelConfig.from_dict(
         tiny_config(**WIDE, layer_types=[mixer], mlp_only_layers=[0] if dense else [])  # type: ignore[arg-type]
     )
@@ -316,6 +322,7 @@ def test_saved_tensors_of_a_layer(mixer: str, weight_bytes: int, full: bool, den
         full_parameter=full,
         sequence_tokens=256,
         masked=packed,
+        cpu_mixers=cpu,
     )
     planned = 256 * planned_bytes(config, setting)
     # Never much too little; in float32 some conversions are free, which the plan does not count on.

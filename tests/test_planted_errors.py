@@ -120,6 +120,35 @@ PLANTED = {
     "adapters: scale of A's gradient": Planted(
         "lora", "d_thin = torch.mm(given, b).mul_(ctx.scale)", "d_thin = torch.mm(given, b)", "test_lora_kernel"
     ),
+    "rule by products: gradient of the writes without the triangular system": Planted(
+        "delta_rule_products", " - (d_system * alike.unsqueeze(2)).sum(-2).flatten(1, 2)", "",
+        "test_delta_rule_products",
+    ),
+    "rule by products: decays of a chunk's last token without the state": Planted(
+        "delta_rule_products", "d_total[..., -1] += (state[1:] * d_state[1:]).sum((2, 3))", "pass",
+        "test_delta_rule_products",
+    ),
+    "rule by products: gradient of the keys without the state's": Planted(
+        "delta_rule_products", " - (d_value * decays.since_start) @ before", "", "test_delta_rule_products"
+    ),
+    "rule by products: state of another document is differentiated": Planted(
+        "delta_rule_products", "d_state[n + 1], decays.survives[n], out=d_state[n]",
+        "d_state[n + 1], decays.survives[n].clamp(min=1e-3), out=d_state[n]", "test_delta_rule_products",
+    ),
+    "rule by products: blocks joined without the sign": Planted(
+        "delta_rule_products", "corner.neg_()", "corner", "test_delta_rule_products"
+    ),
+    "prepare on a CPU: unit length without its projection": Planted(
+        "deltanet_cpu", "keepdim=True), value=-1).mul_(shorter)", "keepdim=True), value=0).mul_(shorter)",
+        "test_deltanet_cpu",
+    ),
+    "prepare on a CPU: gradient reaches another document": Planted(
+        "deltanet_cpu", "_of_same_document(d_before[:, back:], segment_ids, back)", "d_before[:, back:]",
+        "test_deltanet_cpu",
+    ),
+    "prepare on a CPU: weights of the convolution in the order of time": Planted(
+        "deltanet_cpu", "by_tap.flip(0).permute", "by_tap.permute", "test_deltanet_cpu"
+    ),
 }  # fmt: skip
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from finetune.kernels import trial
+from finetune.kernels.delta_rule_products import gated_delta_rule_by_products
+from finetune.kernels.deltanet_cpu import prepare_cpu
 from finetune.kernels.experts import experts_grouped
 from finetune.kernels.trial import Place
 from finetune.model import attention, deltanet
@@ -64,6 +66,9 @@ class Mixers(NamedTuple):
     gate_output: Callable[[Tensor, Tensor], Tensor] = attention.gate_output
 
 
+CPU_MIXERS = Mixers(prepare_delta=prepare_cpu, rule=gated_delta_rule_by_products)
+
+
 @dataclass
 class Kernels:
     """The chosen form of every computation that has several; the definitions by default."""
@@ -88,8 +93,8 @@ def choose(*, experts: str, layers: str, mixers: str, place: Place) -> Kernels:
     """
     kernels = Kernels()
     kernels.names["experts"] = _choose_experts(experts, place, kernels)
-    kernels.layers = _fused_or_plain("layers", layers, Layers(), _fused_layers, place, kernels)
-    kernels.mixers = _fused_or_plain("mixers", mixers, Mixers(), _fused_mixers, place, kernels)
+    kernels.layers = _chosen("layers", layers, Layers(), {"fused": _fused_layers}, place, kernels)
+    kernels.mixers = _chosen("mixers", mixers, Mixers(), {"fused": _fused_mixers, "cpu": _cpu_mixers}, place, kernels)
     return kernels
 
 
@@ -155,25 +160,32 @@ def _choose_experts(kind: str, place: Place, kernels: Kernels) -> str:
     return "loop"
 
 
-def _fused_or_plain(
-    name: str, kind: str, plain: Forms, fused: Callable[[Place], tuple[Forms, float]], place: Place, kernels: Kernels
+def _chosen(
+    name: str,
+    kind: str,
+    plain: Forms,
+    fast: dict[str, Callable[[Place], tuple[Forms, float]]],
+    place: Place,
+    kernels: Kernels,
 ) -> Forms:
-    """Triton on a GPU, plain torch elsewhere, unless the recipe says otherwise."""
+    """Triton on a GPU, the forms for a CPU on a CPU, the definitions elsewhere, unless the recipe says otherwise."""
     said, kernels.names[name] = kernels.said, "plain"
-    if kind == "plain" or (kind == "auto" and place.device.type != "cuda"):
+    form = {"cuda": "fused", "cpu": "cpu"}.get(place.device.type, "") if kind == "auto" else kind
+    if form not in fast:
         said.append(f"{name}: plain torch (the definitions), {'as the recipe asks' if kind == 'plain' else place}")
         return plain
+    words = {"fused": "fused kernels", "cpu": "plain torch with backward passes of its own"}[form]
     try:
-        forms, error = fused(place)
+        forms, error = fast[form](place)
     except FAULTS as fault:
         if kind == "fused":
             raise KernelError(
                 f"kernels.{name}: fused does not run in {place} ({_words(fault)}); use 'auto' or 'plain'"
             ) from fault
-        said.append(f"{name}: SLOW plain torch; the fused kernels do not serve here: {_words(fault)}")
+        said.append(f"{name}: SLOW plain torch (the definitions); {words}: does not serve here, {_words(fault)}")
         return plain
-    said.append(f"{name}: fused kernels, {place}, {_within(error)}")
-    kernels.names[name] = "fused"
+    said.append(f"{name}: {words}, {place}, {_within(error)}")
+    kernels.names[name] = "fused" if form == "fused" else "auto"  # of which the plan knows what it is on a CPU
     return forms
 
 
@@ -206,6 +218,10 @@ def _fused_mixers(place: Place) -> tuple[Mixers, float]:
     if place.device.type == "cuda" and place.dtype == torch.bfloat16:  # flash attention knows no float32
         forms = forms._replace(attend_packed=attend_documents, isolate=document_starts)
     return forms, trial.mixers(forms, Mixers(), place)
+
+
+def _cpu_mixers(place: Place) -> tuple[Mixers, float]:
+    return CPU_MIXERS, trial.mixers(CPU_MIXERS, Mixers(), place)
 
 
 # What keeps a kernel from serving: it cannot be imported, compiled or launched (Triton's errors among them), or it
