@@ -38,7 +38,7 @@ def test_auto_takes_the_memory_that_is_left_and_no_more(name: str) -> None:
         made = planned(*SETTINGS[name], gib=gib)
         assert made.fits
         if made.recompute != full.recompute:
-            assert made.rank_bytes > full.rank_bytes
+            assert made.rank_bytes >= full.rank_bytes
         shares.append(made.recomputed_share)
     assert shares == sorted(shares, reverse=True)  # never more with more memory
     assert shares[-1] == 0
@@ -46,6 +46,15 @@ def test_auto_takes_the_memory_that_is_left_and_no_more(name: str) -> None:
     for gib in (least_gib - 0.05, 10.0):  # what does not fit at all is planned as small as it can be, and refused
         assert not planned(*SETTINGS[name], gib=gib).fits
         assert planned(*SETTINGS[name], gib=gib).recompute == full.recompute
+
+
+def test_the_last_layer_is_never_computed_again_where_no_rows_travel() -> None:
+    """Its turn comes first: it needs what the layer saves, kept or computed again, and nothing is gained."""
+    alone = "parallel.expert=1", "parallel.ranks=1"
+    full = planned(*alone, "train.recompute=full", gib=300.0)
+    made = planned(*alone, "train.recompute=auto", gib=(full.rank_bytes + 1) / GIB / (1 - planner.FREE_FRACTION))
+    assert made.recompute == (ALL,) * (CONFIG.num_hidden_layers - 1) + (NOTHING,)
+    assert made.rank_bytes == full.rank_bytes
 
 
 def test_room_is_left_for_experts_that_receive_more_than_the_mean() -> None:
