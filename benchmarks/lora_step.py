@@ -241,15 +241,15 @@ def session() -> str:
     return f"{zlib.crc32((boot + str(torch.cuda.get_device_properties(0).uuid)).encode()):08x}"
 
 
-def earlier(path: Path) -> list[dict[str, Any]]:
-    """Rows that the file has from this machine since its start."""
+def earlier(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows that the file has from this machine since its start, and the commands that measured them."""
     if not path.exists():
-        return []
+        return [], []
     found = json.loads(path.read_text(encoding="utf-8"))
     if found.get("session") != session():
         print(f"{path} is from another machine or session: starting anew", flush=True)
-        return []
-    return found["rows"]
+        return [], []
+    return found["rows"], found["commands"]
 
 
 def main() -> int:
@@ -278,7 +278,9 @@ def main() -> int:
         return 0
     if options.out is None:
         parser.error("--out is missing")
-    rows = {key(row): row for row in earlier(options.out)}
+    before, commands = earlier(options.out)
+    commands.append(machine()["command"])
+    rows = {key(row): row for row in before}
     refused = []
     for name in options.only:
         refused += run(name, cases(options.layers, options.shapes, options.routings), options.repeats, rows)
@@ -286,6 +288,7 @@ def main() -> int:
         if rows:  # after every contender, so that a cut-off run leaves what it has
             date = min(row["measured"] for row in rows.values())[:10]
             about = {"date": date, "session": session(), "tokens": "random, shares as 1 / rank", "refused": refused}
+            about["commands"] = commands
             write_results(options.out, {**about, "rows": list(rows.values())})
     print(table(list(rows.values())))
     print(json.dumps(machine()))

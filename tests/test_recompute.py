@@ -49,10 +49,11 @@ def test_auto_takes_the_memory_that_is_left_and_no_more(name: str) -> None:
 
 
 def test_the_last_layer_is_never_computed_again_where_no_rows_travel() -> None:
-    """Its turn comes first: it needs what the layer saves, kept or computed again, and nothing is gained."""
-    alone = "parallel.expert=1", "parallel.ranks=1"
+    """Its turn comes first: it needs what the layer saves, kept or computed again, and more than the head before it."""
+    long = "train.sequence_tokens=32768", "train.micro_batch_tokens=32768", "train.global_batch_tokens=262144"
+    alone = "parallel.expert=1", "parallel.ranks=1", *long
     full = planned(*alone, "train.recompute=full", gib=300.0)
-    made = planned(*alone, "train.recompute=auto", gib=(full.rank_bytes + 1) / GIB / (1 - planner.FREE_FRACTION))
+    made = planned(*alone, "train.recompute=auto", gib=(full.rank_bytes + 2**20) / GIB / (1 - planner.FREE_FRACTION))
     assert made.recompute == (ALL,) * (CONFIG.num_hidden_layers - 1) + (NOTHING,)
     assert made.rank_bytes == full.rank_bytes
 
