@@ -62,10 +62,10 @@ def on_rank(made: "Plan") -> dict[str, int]:
     logits = activations.loss_bytes(config, tokens, how) - int(tokens * (held + turn - before))
     return {
         "kept between layers": int(tokens * between),
-        "saved in layers before the one that needs most": int(tokens * held),
-        "that layer, and its gradients": int(tokens * turn),
+        "saved in the layers before": int(tokens * held),
+        "the layer that needs most, and its gradients": int(tokens * turn),
         "rows on their way between ranks": tokens * _travelling(made),  # with even load as many arrive
-        "logits and their gradient, beyond that": max(0, logits),
+        "logits and their gradient, beyond these": max(0, logits),
         "runtime": RUNTIME_HOST_BYTES if made.machine.device_bytes is None else RUNTIME_DEVICE_BYTES,
     }
 
