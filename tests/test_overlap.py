@@ -67,10 +67,10 @@ def test_the_counter_sees_what_would_wait() -> None:
 LOSSES = Router.model_validate({"train": True, "balance": {"coefficient": 0.1}, "z_coefficient": 0.1})
 
 
-IN_A_PASS = ["tolist", "nonzero"]  # what documents there are; which tokens are supervised
+IN_A_PASS = ["tolist"]  # what documents there are, and how many tokens are supervised
 
 
-def test_a_pass_waits_twice_where_all_experts_are_here() -> None:
+def test_a_pass_waits_once_where_all_experts_are_here() -> None:
     """Packed documents with padding, recomputed, with both router losses: every branch of the layout."""
     model = a_model()
     model.recompute = True
@@ -90,9 +90,8 @@ def waits_on_rank(rank: int, recompute: bool) -> list[str]:
 
 def test_a_layer_waits_once_more_where_experts_are_elsewhere() -> None:
     """Four layers, forward and backward; when they are computed again, they wait again."""
-    layout, head = IN_A_PASS
-    assert ranks(2, waits_on_rank, False) == [[layout, *["tolist"] * 4, head]] * 2
-    assert ranks(2, waits_on_rank, True) == [[layout, *["tolist"] * 4, head, *["tolist"] * 4]] * 2
+    assert ranks(2, waits_on_rank, False) == [[*IN_A_PASS, *["tolist"] * 4]] * 2
+    assert ranks(2, waits_on_rank, True) == [[*IN_A_PASS, *["tolist"] * 4, *["tolist"] * 4]] * 2
 
 
 class _Told(torch.autograd.Function):
