@@ -82,7 +82,11 @@ def main() -> int:
             flush=True,
         )
     # Beyond the room lies what the plan leaves to the allocator, which cannot use all that it has taken.
-    wrong = [row for row in rows if "out_of_memory" in row or row["allocated_gib"] > row["room_gib"]]
+    wrong = [
+        row
+        for row in rows
+        if "out_of_memory" in row or row["allocated_gib"] > row["room_gib"] or row["took_gib"] > row["gib"]
+    ]
     for row in wrong:
         print(f"MORE THAN THERE IS ROOM FOR: {row}")
     return 1 if wrong else 0

@@ -144,8 +144,8 @@ def experts_gradients(config: ModelConfig, layer: int, setting: Setting) -> floa
         return TRANSIENT_TENSORS * max(experts_tensors(config, layer, setting))
     top_k, hidden, width = config.num_experts_per_tok, config.hidden_size, config.moe_intermediate_size
     trains = setting.full_parameter or setting.expert_adapter_rank > 0  # then activations and gathered rows exist too
-    # The gradient of the pre-activations takes their own memory.
-    rows = hidden + (width + 2 * hidden if trains else 0)
+    # Rows and activations, as in the forward pass; the gradient of the pre-activations takes their own memory.
+    rows = hidden + width + (2 * hidden if trains else 0)
     return float(setting.weight_bytes * (top_k * rows + 2 * hidden))
 
 

@@ -1,8 +1,8 @@
 """What is computed again in the backward pass: as the recipe says, or as little as memory allows.
 
-Every layer has two halves, mixer and experts. A half that is computed again keeps only its input; one that is not,
-what `activations.py` counts. All ranks must choose alike: where experts are shared out, computing them again sends
-rows. Imports no torch.
+Every layer has two halves, mixer and experts. A half that is computed again keeps its input and what attention itself
+gave; one that is not, what `activations.py` counts. All ranks must choose alike: where experts are shared out,
+computing them again sends rows. Imports no torch.
 """
 
 from collections.abc import Callable, Sequence

@@ -158,8 +158,11 @@ def test_recompute_gives_identical_gradients(values: dict[str, Any]) -> None:
         assert all(torch.equal(other[name], expected) for other in found[1:]), name
 
 
+@pytest.mark.parametrize(
+    "segments", [[0] * 24, [0] * 9 + [1] * 15, [0] * 20 + [-1] * 4], ids=["one", "packed", "padded"]
+)
 @pytest.mark.parametrize("again", [ALL, Recompute(True, False)], ids=["layer", "mixer"])
-def test_attention_itself_is_never_computed_again(again: Recompute) -> None:
+def test_attention_itself_is_never_computed_again(again: Recompute, segments: list[int]) -> None:
     model = random_model(tiny_config(num_hidden_layers=1, layer_types=["full_attention"]))
     model.recompute = [again]
     ids = torch.arange(24).view(1, 24)
@@ -171,7 +174,7 @@ def test_attention_itself_is_never_computed_again(again: Recompute) -> None:
             return function(*args, **(kwargs or {}))
 
     with Recorder():
-        loss = model(ids, labels=ids).loss_sum
+        loss = model(ids, torch.tensor([segments]), labels=ids).loss_sum
         products = sum("scaled_dot_product" in call for call in calls)
         matrices = sum("aten.mm" in call or "addmm" in call for call in calls)
         calls.clear()

@@ -48,15 +48,15 @@ def test_auto_takes_the_memory_that_is_left_and_no_more(name: str) -> None:
         assert planned(*SETTINGS[name], gib=gib).recompute == full.recompute
 
 
-def test_the_last_layer_is_never_computed_again_where_no_rows_travel() -> None:
-    """Its turn comes first: it needs what the layer saves, kept or computed again, and more than the head before it."""
+def test_the_last_layers_keep_something_for_nothing_where_no_rows_travel() -> None:
+    """A layer's turn needs what it saves, kept or computed again; the last one's is first, with nothing beside it."""
     long = "train.sequence_tokens=32768", "train.micro_batch_tokens=32768", "train.global_batch_tokens=262144"
     alone = "parallel.expert=1", "parallel.ranks=1", *long
     full = planned(*alone, "train.recompute=full", gib=300.0)
     made = planned(*alone, "train.recompute=auto", gib=(full.rank_bytes + 2**20) / GIB / (1 - planner.FREE_FRACTION))
-    assert made.recompute[-1] == NOTHING
-    assert ALL in made.recompute
-    assert made.rank_bytes == full.rank_bytes
+    assert not made.recompute[-1].experts
+    assert set(made.recompute[:-4]) == {ALL}
+    assert made.rank_bytes <= full.rank_bytes + 2**20
 
 
 def test_room_is_left_for_experts_that_receive_more_than_the_mean() -> None:

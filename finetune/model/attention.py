@@ -34,14 +34,18 @@ class Documents(NamedTuple):
 Isolation = Bool[Tensor, "batch 1 time time"] | Documents
 Isolate = Callable[[Packing], Isolation]
 
-# Attention itself, in every form that runs without keeping the scores. What it gives is kept even where a layer is
-# computed again: it costs as many operations as the layer has tokens, and is no wider than the layer's input twice.
+# Attention itself, in every form that keeps no scores, of those that this torch has. What it gives is kept even where a
+# layer is computed again: a token's price grows with the length of its sequence, what it gives does not.
 PRODUCTS = [
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.torch_attn._varlen_attn.default,
+    getattr(operators, name).default
+    for operators, name in (
+        (torch.ops.aten, "_scaled_dot_product_cudnn_attention"),
+        (torch.ops.aten, "_scaled_dot_product_efficient_attention"),
+        (torch.ops.aten, "_scaled_dot_product_flash_attention"),
+        (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"),
+        (torch.ops.torch_attn, "_varlen_attn"),
+    )
+    if hasattr(operators, name)
 ]
 
 

@@ -91,13 +91,15 @@ class Block(nn.Module):
 
     def _halves(self, x: Tensor, layout: Layout, again: Recompute) -> tuple[Tensor, Tensor, Routing | None]:
         """What the residual stream is after the mixer, what the experts add to it, and the routing."""
+        feed = partial(self._again, self._feed, attends=False) if again.experts else self._feed
         x, normed = self._again(self._mix, x, layout) if again.mixer else self._mix(x, layout)
-        out, routing = self._again(self._feed, normed, layout) if again.experts else self._feed(normed, layout)
+        out, routing = feed(normed, layout)
         return x, out, routing
 
-    def _again(self, function: Callable[..., Any], *inputs: Any) -> Any:
+    def _again(self, function: Callable[..., Any], *inputs: Any, attends: bool = True) -> Any:
         """Keep the inputs, and what attention itself gives; compute the rest again in the backward pass."""
-        kept = noop_context_fn if self.is_linear else partial(create_selective_checkpoint_contexts, PRODUCTS)
+        attends = attends and not self.is_linear
+        kept = partial(create_selective_checkpoint_contexts, PRODUCTS) if attends else noop_context_fn
         draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
         return checkpoint(function, *inputs, use_reentrant=False, context_fn=kept, preserve_rng_state=draws)
 
@@ -217,12 +219,14 @@ class HybridMoEForCausalLM(nn.Module):
     def _layout(
         self, x: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None, labels: Tensor | None
     ) -> tuple[Layout, int]:
-        batch, time = x.shape[:2]
+        given = segment_ids
         if segment_ids is None:
-            segment_ids = torch.zeros(batch, time, dtype=torch.long, device=x.device)
+            segment_ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
         positions = positions_in_segments(segment_ids)
         turns = positions if position_ids is None else position_ids
         cos, sin = rotary_table(turns, self.settings.rotary_dim, self.settings.rope_theta, x.dtype)
+        if given is None and labels is None:  # there is nothing to count
+            return Layout(segment_ids, cos, sin, None, None), 0
         is_token = segment_ids.flatten() != PADDING
         several = has_several_documents(segment_ids, PADDING)
         labelled = x.new_zeros((), dtype=torch.long) if labels is None else (labels != IGNORED).sum()
