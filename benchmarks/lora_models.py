@@ -105,8 +105,7 @@ def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, r
         return model(ids, torch.zeros_like(ids)).logits[:, positions]
 
     def settle(batch: int, time: int) -> str:
-        depth = len(model.model.layers)
-        cut = replace(config, num_hidden_layers=depth, layer_types=config.layer_types[:depth])
+        cut = first_layers(config, len(model.model.layers))
         if not recompute:
             # The plan leaves some of a card free, and counts what CUDA takes; the figures of a benchmark do not.
             card = (LEAN_GIB * GIB + RUNTIME_DEVICE_BYTES) / (1 - FREE_FRACTION)
@@ -114,6 +113,11 @@ def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, r
         return f"again: {described(cut, model.recompute)}"
 
     return Contender(model, model.model.layers, loss, logits, nullcontext, "; ".join(kernels.said), settle)
+
+
+def first_layers(config: ModelConfig, depth: int) -> ModelConfig:
+    """The sizes of a model of which only so many layers are left."""
+    return replace(config, num_hidden_layers=depth, layer_types=config.layer_types[:depth])
 
 
 def planned(config: ModelConfig, batch: int, time: int, device_bytes: int) -> Plan:

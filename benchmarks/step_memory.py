@@ -9,13 +9,13 @@ widths, fewer layers; packed documents of random lengths; adapters of rank 16; t
 import argparse
 import datetime
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.lora_models import ALPHA, FULL, RANK, TARGETS, fill, planned
+from benchmarks.lora_models import ALPHA, FULL, RANK, TARGETS, fill, first_layers, planned
 from benchmarks.lora_worker import Updater, tokens
 from benchmarks.measure import write_results
 from finetune.kernels.choose import choose, install
@@ -95,9 +95,7 @@ def main() -> int:
 def measure(model: HybridMoEForCausalLM, case: Case, device: torch.device) -> dict[str, Any]:
     """Two steps with what auto chooses; memory counts what CUDA and the kernels take beside the allocator."""
     del model.model.layers[case.layers :]
-    config = replace(
-        model.settings, num_hidden_layers=case.layers, layer_types=model.settings.layer_types[: case.layers]
-    )
+    config = first_layers(model.settings, case.layers)
     limit = int(case.gib * GIB)
     made = planned(config, case.batch, case.time, limit)
     assert made.fits, case

@@ -17,6 +17,8 @@ from tests.test_deltanet_kernel import (
     SEGMENTS,
     SIZES,
     assert_close,
+    check_documents_are_alone,
+    check_nothing_reaches_another_document,
     inputs,
     layer,
     prepared_and_gradients,
@@ -54,31 +56,11 @@ def check(heads: Heads, segments: str, batch: int, time: int, width: int) -> Non
 
 
 def test_documents_are_each_alone_to_the_last_bit() -> None:
-    heads, lengths = HEADS["groups-of-3"], torch.tensor([5, 1, 13, 2])
-    segment_ids = torch.arange(4).repeat_interleave(lengths).unsqueeze(0).to(DEVICE)
-    tensors = inputs(heads, 1, segment_ids.shape[1])
-    weights = weights_like(prepare(*tensors, segment_ids, heads))
-    packed = prepared_and_gradients(prepare_cpu, tensors, segment_ids, heads, weights)
-    for segment in segment_ids.unique():
-        place = (segment_ids[0] == segment).nonzero().squeeze(-1)
-        own = [tensors[0][:, place], tensors[1][:, place], *tensors[2:]]
-        alone = prepared_and_gradients(prepare_cpu, own, segment_ids[:, place], heads, [w[:, place] for w in weights])
-        for name in ("query", "key", "value", "gate", "d_qkvz"):
-            assert torch.equal(packed[name][:, place], alone[name]), name
+    check_documents_are_alone(prepare_cpu, HEADS["groups-of-3"], ("query", "key", "value", "gate", "d_qkvz"))
 
 
 def test_nothing_reaches_another_document_not_even_nan() -> None:
-    heads = HEADS["one-key-head"]
-    tensors = inputs(heads, 1, 12)
-    segment_ids = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2]], device=DEVICE)
-    weights = weights_like(prepare(*tensors, segment_ids, heads))
-    before = prepared_and_gradients(prepare_cpu, tensors, segment_ids, heads, weights)
-    spoilt = [tensor.detach().clone() for tensor in tensors]
-    spoilt[0][:, 4:6] = spoilt[1][:, 4:6] = torch.nan
-    after = prepared_and_gradients(prepare_cpu, spoilt, segment_ids, heads, weights)
-    others = (segment_ids[0] != 1).nonzero().squeeze(-1)
-    for name in (*Prepared._fields, "d_qkvz", "d_ba"):
-        assert torch.equal(before[name][:, others], after[name][:, others]), name
+    check_nothing_reaches_another_document(prepare_cpu)
 
 
 def test_no_number_depends_on_the_rest_of_the_batch() -> None:

@@ -1,5 +1,7 @@
 """The fused passes of a DeltaNet layer against their definitions: output, gradients, documents to the last bit."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -130,30 +132,38 @@ def test_decays_are_exact_where_they_are_small() -> None:
 
 
 def test_documents_are_each_alone_to_the_last_bit() -> None:
-    heads, lengths = HEADS["one-key-head"], torch.tensor([5, 1, 13, 2])
+    check_documents_are_alone(prepare_fused, HEADS["one-key-head"], (*Prepared._fields, "d_qkvz", "d_ba"))
+
+
+def check_documents_are_alone(form: Prepare, heads: Heads, names: Sequence[str]) -> None:
+    """These results of packed documents are those of each document by itself, bit for bit."""
+    lengths = torch.tensor([5, 1, 13, 2])
     segment_ids = torch.arange(4).repeat_interleave(lengths).unsqueeze(0).to(DEVICE)
     tensors = inputs(heads, 1, segment_ids.shape[1])
     weights = weights_like(prepare(*tensors, segment_ids, heads))
-    packed = prepared_and_gradients(prepare_fused, tensors, segment_ids, heads, weights)
+    packed = prepared_and_gradients(form, tensors, segment_ids, heads, weights)
     for segment in segment_ids.unique():
         place = (segment_ids[0] == segment).nonzero().squeeze(-1)
         own = [tensors[0][:, place], tensors[1][:, place], *tensors[2:]]
-        alone = prepared_and_gradients(
-            prepare_fused, own, segment_ids[:, place], heads, [weight[:, place] for weight in weights]
-        )
-        for name in (*Prepared._fields, "d_qkvz", "d_ba"):
+        alone = prepared_and_gradients(form, own, segment_ids[:, place], heads, [w[:, place] for w in weights])
+        for name in names:
             assert torch.equal(packed[name][:, place], alone[name]), name
 
 
 def test_nothing_reaches_another_document_not_even_nan() -> None:
+    check_nothing_reaches_another_document(prepare_fused)
+
+
+def check_nothing_reaches_another_document(form: Prepare) -> None:
+    """A document of NaN changes no number of another."""
     heads = HEADS["one-key-head"]
     tensors = inputs(heads, 1, 12)
     segment_ids = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2]], device=DEVICE)
     weights = weights_like(prepare(*tensors, segment_ids, heads))
-    before = prepared_and_gradients(prepare_fused, tensors, segment_ids, heads, weights)
+    before = prepared_and_gradients(form, tensors, segment_ids, heads, weights)
     spoilt = [tensor.detach().clone() for tensor in tensors]
     spoilt[0][:, 4:6] = spoilt[1][:, 4:6] = torch.nan
-    after = prepared_and_gradients(prepare_fused, spoilt, segment_ids, heads, weights)
+    after = prepared_and_gradients(form, spoilt, segment_ids, heads, weights)
     others = (segment_ids[0] != 1).nonzero().squeeze(-1)
     for name in (*Prepared._fields, "d_qkvz", "d_ba"):
         assert torch.equal(before[name][:, others], after[name][:, others]), name
