@@ -27,6 +27,7 @@ from finetune.parallel import world as worlds
 from finetune.plan_text import render
 from finetune.planner import GIB, Machine, model_config, plan
 from finetune.recipe import Recipe, RecipeError
+from finetune.recipe_notes import notes
 from finetune.recipe_rules import batch_problem
 from finetune.run_folder import check_folder, finished_step, folder_of, hold
 from finetune.trainer import Run, TrainingError
@@ -60,6 +61,8 @@ def train_here(recipe: Recipe) -> int:
         recipe = fit_to_ranks(recipe, size, say)
         recipe.accumulation(size)
         recipe.check_ranks(size, config.num_experts)
+        for sentence in notes(recipe):
+            say(f"note: {sentence}")
         world = worlds.start(recipe.parallel.expert)
     _run(recipe, folder, base, world, say)
     worlds.stop()
@@ -202,6 +205,8 @@ def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_g
     config, source = model_config(recipe)
     machine = _machine(recipe, ranks, nodes, device_gib, links)
     planned = plan(config, fit_to_ranks(recipe, machine.ranks, print), machine)
+    for sentence in notes(recipe):
+        print(f"note: {sentence}")
     print(render(planned, source), flush=True)
     return 1 if planned.fits is False else 0
 

@@ -51,13 +51,14 @@ def adamw(groups: list[dict[str, object]], optim: Optim, *, fused: bool) -> torc
 def learning_rate(step: int, *, steps: int, optim: Optim) -> float:
     """Learning rate of optimizer step `step`, counted from 1.
 
-    Rises linearly to `lr` over the warm-up, then stays there or falls along half a cosine to final_lr_fraction x lr,
-    which the last step reaches.
+    Rises linearly to `lr` over the warm-up, which is cut to the run, then stays there or falls along half a cosine to
+    final_lr_fraction x lr, which the last step reaches.
     """
-    if step <= optim.warmup_steps:
-        return optim.lr * step / optim.warmup_steps
+    warmup = min(optim.warmup_steps, steps)
+    if step <= warmup:
+        return optim.lr * step / warmup
     if optim.schedule == "constant":
         return optim.lr
-    done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    done = (step - warmup) / max(1, steps - warmup)
     lowest = optim.lr * optim.final_lr_fraction
     return lowest + (optim.lr - lowest) * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,7 +1,7 @@
 """Every setting of a run: its type, its unit, its limits and what it does; and how a recipe file becomes one.
 
 A recipe is checked as a whole before anything starts: all mistakes are reported at once, each with its line. Settings
-that contradict each other, or that would do nothing, are mistakes too. Imports no torch.
+that contradict each other are mistakes too; one without effect is a note (finetune/recipe_notes.py). Imports no torch.
 """
 
 import functools
@@ -72,6 +72,11 @@ class Recipe(Section):
         """Training sequences that one rank forwards at once."""
         return self.train.micro_batch_tokens // self.train.sequence_tokens
 
+    @property
+    def drift_every_steps(self) -> int:
+        """How often drift is measured: never without adapters, which alone leave a frozen base to compare with."""
+        return self.monitor.drift_every_steps if self.lora is not None else 0
+
     def accumulation(self, ranks: int) -> int:
         """Micro-batches that each of `ranks` ranks forwards in one optimizer step.
 
@@ -121,7 +126,7 @@ def load_recipe(
         if not any(yaml_tree.touches(key, bad) for key in keys for bad in wrong):
             problem = rule(recipe)
             if problem is not None:
-                mistakes.append(Mistake(_first_written(tree, keys), keys[0], problem))
+                mistakes.append(Mistake(_blamed(tree, keys), keys[0], problem))
     if check_paths:
         mistakes += _missing_paths(tree, root)
     if mistakes:
@@ -184,10 +189,14 @@ def _validate(tree: Node, mistakes: list[Mistake]) -> Recipe:
     return Recipe.model_validate(plain)
 
 
-def _first_written(tree: Node, keys: Sequence[str]) -> yaml_tree.Place:
-    """The place of the first of `keys` that the recipe really says."""
+def _blamed(tree: Node, keys: Sequence[str]) -> yaml_tree.Place:
+    """Where a contradiction between `keys` came from: the last `--set` among them, else the first key in the file.
+
+    The file was right before it was overridden.
+    """
     paths = [tuple(key.split(".")) for key in keys]
-    return next((tree.place_of(path) for path in paths if tree.at(path) is not None), tree.place)
+    places = [tree.place_of(path) for path in paths if tree.at(path) is not None]
+    return next((place for place in places if place.is_override), places[0] if places else tree.place)
 
 
 def _error(mistakes: list[Mistake]) -> RecipeError:

@@ -1,9 +1,10 @@
-"""What must hold between the settings of a recipe: rules that contradictions and settings without effect break."""
+"""What must hold between the settings of a recipe: a run is refused when two of them contradict each other.
+
+A setting that merely has no effect is no contradiction; `finetune/recipe_notes.py` says so.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from pydantic import BaseModel
 
 if TYPE_CHECKING:  # finetune/recipe.py applies the rules
     from finetune.recipe import Recipe
@@ -46,10 +47,9 @@ def _offload_problem(recipe: "Recipe") -> str | None:
 
 
 def _offload_path_problem(recipe: "Recipe") -> str | None:
-    offload, path = recipe.parallel.offload, recipe.parallel.offload_path
-    if offload == "nvme" and path is None:
-        return "offload nvme needs a folder on a fast local disk"
-    return f"has no effect while parallel.offload is {offload}" if path is not None and offload != "nvme" else None
+    if recipe.parallel.offload != "nvme" or recipe.parallel.offload_path is not None:
+        return None
+    return "offload nvme needs a folder on a fast local disk"
 
 
 def _recompute_problem(recipe: "Recipe") -> str | None:
@@ -59,11 +59,6 @@ def _recompute_problem(recipe: "Recipe") -> str | None:
         return f"{alone[0]} stands alone; a list holds deltanet, attention and experts"
     twice = [word for word in words if words.count(word) > 1]
     return f"{twice[0]} is there twice" if twice else None
-
-
-def _warmup_problem(recipe: "Recipe") -> str | None:
-    warmup, steps = recipe.optim.warmup_steps, recipe.train.steps
-    return f"{warmup} is more than train.steps, which is {steps}" if warmup > steps else None
 
 
 def _targets_problem(recipe: "Recipe") -> str | None:
@@ -93,27 +88,7 @@ def _sources_problem(recipe: "Recipe") -> str | None:
     return f"{', '.join(both)} is in data.train too; held-out rows must not be trained on" if both else None
 
 
-def _over_long_problem(recipe: "Recipe") -> str | None:
-    texts = all(source.format == "text" for source in (*recipe.data.train, *recipe.data.eval))
-    return "has no effect on text, which is split into sequences" if texts and recipe.data.over_long != "drop" else None
-
-
-def _no_effect(
-    section: str, key: str, unless: Callable[["Recipe"], bool], why: str
-) -> Callable[["Recipe"], str | None]:
-    """A rule: `key` must have its default unless a condition holds, since it would do nothing."""
-
-    def rule(recipe: "Recipe") -> str | None:
-        inside: BaseModel = recipe
-        for name in section.split("."):
-            inside = getattr(inside, name)
-        changed = getattr(inside, key) != type(inside).model_fields[key].default
-        return f"has no effect {why}" if changed and not unless(recipe) else None
-
-    return rule
-
-
-# The settings that a rule reads, the one to blame first, and the rule: what is wrong, or None.
+# The settings that a rule reads, the one that its sentence is about first, and the rule: what is wrong, or None.
 RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
     (
         ("train.micro_batch_tokens", "train.sequence_tokens"),
@@ -128,47 +103,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
     (("train.recompute",), _recompute_problem),
     (("parallel.offload", "parallel.zero_stage"), _offload_problem),
     (("parallel.offload_path", "parallel.offload"), _offload_path_problem),
-    (("optim.warmup_steps", "train.steps"), _warmup_problem),
-    (
-        ("optim.final_lr_fraction", "optim.schedule"),
-        _no_effect("optim", "final_lr_fraction", lambda r: r.optim.schedule == "cosine", "on a constant schedule"),
-    ),
     (("lora.targets",), _targets_problem),
     (("lora.dropout", "lora.targets"), _dropout_problem),
-    (
-        ("router.balance.kind", "router.balance.coefficient"),
-        _no_effect(
-            "router.balance",
-            "kind",
-            lambda r: r.router.balance.coefficient > 0,
-            "while router.balance.coefficient is 0",
-        ),
-    ),
-    (
-        ("monitor.drift_every_steps", "lora"),
-        _no_effect(
-            "monitor", "drift_every_steps", lambda r: r.lora is not None, "without lora: there is no frozen base left"
-        ),
-    ),
-    (
-        ("monitor.probe_tokens", "monitor.drift_every_steps"),
-        _no_effect(
-            "monitor", "probe_tokens", lambda r: r.monitor.drift_every_steps > 0, "while monitor.drift_every_steps is 0"
-        ),
-    ),
-    (
-        ("monitor.project", "monitor.wandb"),
-        _no_effect("monitor", "project", lambda r: r.monitor.wandb != "off", "while monitor.wandb is off"),
-    ),
-    (
-        ("train.eval_every_steps", "data.eval"),
-        _no_effect("train", "eval_every_steps", lambda r: bool(r.data.eval), "without data.eval"),
-    ),
-    (
-        ("checkpoint.keep_best", "data.eval"),
-        _no_effect("checkpoint", "keep_best", lambda r: bool(r.data.eval), "without data.eval"),
-    ),
     (("model.init", "lora", "router.train"), _init_problem),
     (("data.eval", "data.train"), _sources_problem),
-    (("data.over_long", "data.train", "data.eval"), _over_long_problem),
 )

@@ -54,7 +54,7 @@ class Run:
         self.layers = self.model.settings.moe_layers
         self.windows = Windows(len(self.layers), self.model.settings.num_experts, world.device)
         # Taken before any trained state is put in: what the base model's routers do with the probe tokens.
-        self.base_routing = self._probe_routing() if recipe.monitor.drift_every_steps else None
+        self.base_routing = self._probe_routing() if recipe.drift_every_steps else None
         self.health = Health()
         self.best: dict[str, float] | None = None  # step and loss of the lowest held-out loss so far
         self.left_out = LeftOut()
@@ -191,7 +191,7 @@ class Run:
         """Write what is due of the training line and the routing record. Communicates when something is."""
         monitor = self.recipe.monitor
         report = self.step == 1 or self._due(self.recipe.train.log_every_steps)
-        drift = monitor.drift_every_steps > 0 and self._due(monitor.drift_every_steps)
+        drift = self.recipe.drift_every_steps > 0 and self._due(self.recipe.drift_every_steps)
         routing = drift or (monitor.routing_every_steps > 0 and self._due(monitor.routing_every_steps))
         if not report and not routing:
             return

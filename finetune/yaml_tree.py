@@ -46,6 +46,11 @@ class Place(NamedTuple):
     source: str
     line: int
 
+    @property
+    def is_override(self) -> bool:
+        """Whether it is a `--set` argument; everything in a file has a line."""
+        return self.line == 0
+
     def __str__(self) -> str:
         return f"{self.source}:{self.line}" if self.line else self.source
 
@@ -121,13 +126,16 @@ def read_file(path: Path) -> tuple[Node | None, list[Mistake]]:
 
 
 def apply_overrides(root: Node, assignments: Sequence[str], mistakes: list[Mistake]) -> None:
-    """Write `section.key=value` assignments into the tree; values are YAML, items of lists are numbered from 0."""
-    seen: set[str] = set()
+    """Write `section.key=value` assignments into the tree; values are YAML, items of lists are numbered from 0.
+
+    Of several for one key the last one counts.
+    """
+    last: dict[str, str] = {}
     for assignment in assignments:
         key = assignment.partition("=")[0].strip()
-        if key in seen:
-            mistakes.append(Mistake(Place(f"--set {assignment}", 0), key, "set twice with --set; keep one"))
-        seen.add(key)
+        last.pop(key, None)  # so that it also takes the place of the last one in the order
+        last[key] = assignment
+    for assignment in last.values():
         _apply_override(root, assignment, mistakes)
 
 

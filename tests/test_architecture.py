@@ -14,6 +14,7 @@ FILES = sorted(path for name in ("finetune", "data", "monitoring") for path in (
 STAGES = ("finetune", "data", "monitoring")
 RECIPE = (
     "finetune.recipe",
+    "finetune.recipe_notes",
     "finetune.recipe_rules",
     "finetune.recipe_sections",
     "finetune.wording",

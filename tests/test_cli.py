@@ -74,6 +74,14 @@ def test_plan_says_whether_the_run_fits(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["plan", "--recipe", str(ROOT / "recipes/code.yaml"), "--ranks", "8", "--device-gib", "8"]) == 1
 
 
+def test_a_setting_without_effect_is_a_note_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", *TINY, "--set", "monitor.drift_every_steps=0", "--set", "train.steps=3"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "note: optim.warmup_steps: the warm-up of 6 steps is cut to the 3 of the run",
+        "note: monitor.probe_tokens: no effect because drift of the routing is not measured",
+    ]
+
+
 def test_data_shows_what_is_trained_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     held_out = f"[{{path: {ROOT}/data/corpus/pairs-heldout.jsonl.gz, format: chat}}]"
     settings = ("--set", f"data.train={held_out}", "--set", "data.eval=[]", "--set", "train.eval_every_steps=0")

@@ -50,6 +50,14 @@ def test_constant_rises_and_stays() -> None:
     assert found == pytest.approx([0.1, 0.2, 0.3] + [0.4] * 5)
 
 
+def test_a_warm_up_longer_than_the_run_is_cut_to_it() -> None:
+    for schedule in ("constant", "cosine"):
+        optim = Optim(lr=0.4, warmup_steps=10, schedule=schedule)
+        assert [learning_rate(step, steps=4, optim=optim) for step in range(1, 5)] == pytest.approx(
+            [0.1, 0.2, 0.3, 0.4]
+        )
+
+
 def decayed_by_kind(model: nn.Module) -> dict[str, bool]:
     """For every parameter, whether weight decay may pull it to zero, told by the modules that it is in."""
     plain = {

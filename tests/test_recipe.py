@@ -14,6 +14,7 @@ from data import sources
 from finetune import recipe as recipes
 from finetune import recipe_sections, wording, yaml_tree
 from finetune.recipe import Recipe, RecipeError, dump, json_schema, load_recipe, resolve
+from finetune.recipe_notes import notes
 
 SETTINGS = wording.settings_of(json_schema())
 KEYS = [key for key, setting in SETTINGS.items() if key and "properties" not in setting and not key.endswith(".N")]
@@ -208,10 +209,6 @@ def test_unreadable_yaml_names_its_line() -> None:
             "x.yaml:4: parallel.offload: needs the state divided over the ranks; set parallel.zero_stage to 1 or 2",
         ),
         ("parallel: {offload: nvme}\n", "x.yaml:4: parallel.offload_path: offload nvme needs a folder on a fast"),
-        (
-            "parallel: {offload_path: /x}\n",
-            "x.yaml:4: parallel.offload_path: has no effect while parallel.offload is none",
-        ),
         ("optim: {xyzzy: 1}\n", "x.yaml:4: optim.xyzzy: unknown key; known here: "),
     ],
 )
@@ -277,35 +274,67 @@ PACK = "train.sequence_tokens=512", "train.micro_batch_tokens=1024"
             "train.global_batch_tokens: 3072 is not a multiple of train.micro_batch_tokens x 2 ranks (1024 x 2)",
         ),
         (("parallel.ranks=2", "parallel.expert=3"), "parallel.expert: 3 does not divide parallel.ranks, which is 2"),
-        (("optim.warmup_steps=101",), "optim.warmup_steps: 101 is more than train.steps, which is 100"),
-        (
-            ("optim.schedule=constant", "optim.final_lr_fraction=0.5"),
-            "optim.final_lr_fraction: has no effect on a constant schedule",
-        ),
         (("lora.targets=[q_proj, k_proj, q_proj]",), "lora.targets: q_proj is listed twice"),
         (
             ("lora.targets=[q_proj, experts]", "lora.dropout=0.1"),
             "lora.dropout: adapters of the routed experts have no dropout; set it to 0, or take experts out of",
         ),
-        (
-            ("router.balance.kind=micro",),
-            "router.balance.kind: has no effect while router.balance.coefficient is 0",
-        ),
-        (("lora=null", "monitor.drift_every_steps=5"), "monitor.drift_every_steps: has no effect without lora"),
-        (("monitor.probe_tokens=512",), "monitor.probe_tokens: has no effect while monitor.drift_every_steps is 0"),
-        (("monitor.wandb=off", "monitor.project=x"), "monitor.project: has no effect while monitor.wandb is off"),
-        (("train.eval_every_steps=5",), "train.eval_every_steps: has no effect without data.eval"),
         (("data.eval=[{path: rows.jsonl}]",), "data.eval: rows.jsonl is in data.train too; held-out rows must not"),
-        (
-            ("data.train.0.format=text", "data.over_long=stop"),
-            "data.over_long: has no effect on text, which is split into sequences",
-        ),
     ],
 )
-def test_settings_that_contradict_or_do_nothing(overrides: tuple[str, ...], expected: str) -> None:
+def test_settings_that_contradict(overrides: tuple[str, ...], expected: str) -> None:
     (only,) = mistakes(SMALLEST, *overrides)
     assert expected in only
     assert only.startswith("--set ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("optim.warmup_steps=101",), "optim.warmup_steps: the warm-up of 101 steps is cut to the 100 of the run"),
+        (("optim.warmup_steps=10", "train.steps=1"), "optim.warmup_steps: the warm-up of 10 steps is cut to the 1 of"),
+        (
+            ("optim.schedule=constant", "optim.final_lr_fraction=0.5"),
+            "optim.final_lr_fraction: no effect on a constant schedule",
+        ),
+        (("router.balance.kind=micro",), "router.balance.kind: no effect while router.balance.coefficient is 0"),
+        (("lora=null", "monitor.drift_every_steps=5"), "monitor.drift_every_steps: no effect without lora: no frozen"),
+        (("monitor.probe_tokens=512",), "monitor.probe_tokens: no effect because drift of the routing is not measured"),
+        (("monitor.wandb=off", "monitor.project=x"), "monitor.project: no effect while monitor.wandb is off"),
+        (("train.eval_every_steps=5",), "train.eval_every_steps: no effect without data.eval"),
+        (("checkpoint.keep_best=true",), "checkpoint.keep_best: no effect without data.eval"),
+        (("parallel.offload_path=/x",), "parallel.offload_path: no effect while parallel.offload is none"),
+        (
+            ("data.train.0.format=text", "data.over_long=stop"),
+            "data.over_long: no effect on text, which is split into sequences",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_a_note(overrides: tuple[str, ...], expected: str) -> None:
+    (only,) = notes(read(SMALLEST, *overrides))
+    assert only.startswith(expected)
+
+
+def test_a_recipe_in_which_every_setting_counts_has_no_notes() -> None:
+    for path in RECIPES:
+        assert notes(load_recipe(path)) == []
+
+
+def test_drift_is_never_due_without_a_frozen_base() -> None:
+    drift = "monitor.drift_every_steps=5"
+    assert read(SMALLEST, drift).drift_every_steps == 5
+    assert read(SMALLEST, drift, "lora=null").drift_every_steps == 0
+
+
+def test_an_override_that_breaks_a_rule_is_blamed_and_not_the_line_of_the_file() -> None:
+    text = SMALLEST.replace("{steps: 100}", "{steps: 100, micro_batch_tokens: 8192}")
+    assert mistakes(text, "train.sequence_tokens=3000") == [
+        "--set train.sequence_tokens=3000: train.micro_batch_tokens: 8192 is not a multiple of train.sequence_tokens;"
+        " 9000 is"
+    ]
+    assert mistakes(text + "parallel: {expert: 4, ranks: 4}\n", "parallel.ranks=2") == [
+        "--set parallel.ranks=2: parallel.expert: 4 does not divide parallel.ranks, which is 2"
+    ]
 
 
 def test_the_line_of_a_rule_is_the_first_setting_that_was_written() -> None:
@@ -422,10 +451,11 @@ def test_mistakes_in_overrides_name_the_override(override: str, expected: str) -
     assert mistakes(SMALLEST + "optim: {lr: 1e-4}\n", override) == [f"--set {override}: {expected}"]
 
 
-def test_an_override_given_twice_is_a_mistake() -> None:
-    assert mistakes(SMALLEST, "optim.lr=1e-4", "optim.lr=2e-4") == [
-        "--set optim.lr=2e-4: optim.lr: set twice with --set; keep one"
-    ]
+def test_of_an_override_given_twice_the_last_one_counts() -> None:
+    assert read(SMALLEST, "optim.lr=1e-4", "optim.lr=2e-4").optim.lr == 2e-4
+    assert read(SMALLEST, "optim.lr=[", "optim.lr=2e-4").optim.lr == 2e-4
+    assert read(SMALLEST, "lora.rank=2", "lora=null", "lora.rank=3").lora == recipe_sections.Lora(rank=3)
+    assert read(SMALLEST, "lora.rank=2", "lora=null").lora is None
 
 
 # Paths
