@@ -1,0 +1,190 @@
+"""Reading files that others wrote: regular files only, bounded, and every fault in one sentence with the place.
+
+`open` of a FIFO waits for ever, and `json.loads` raises RecursionError for deep nesting, a plain ValueError for an
+integer of 5,000 digits, and no error at all for a repeated key or half of a surrogate pair, which the next `print`
+fails on. A folder of weights or a run folder may hold any of these.
+"""
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import IO, Any
+
+MOST_BYTES = 256 << 20  # a tokenizer.json of 250,000 tokens takes 20 MB
+MOST_DEPTH = 100
+_MOST_DIGITS = 300  # a float64 has no more before its point; Python refuses to parse more than 4,300
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONG_NUMBER = re.compile(rf"[0-9]{{{_MOST_DIGITS}}}")
+
+
+class FileError(ValueError):
+    """A file that cannot be read: says which, where in it, and what is wrong."""
+
+
+class MissingFileError(FileError):
+    """There is no such file."""
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """The file, open for reading without a buffer. A link to a regular file is followed; nothing else is opened.
+
+    Raises:
+        FileError: no such file, no permission, or a folder, FIFO, socket or device.
+    """
+    try:
+        _refuse_special(path, os.stat(path).st_mode)  # opening a device may already do something
+        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)  # noqa: SIM115
+        _refuse_special(path, os.fstat(file.fileno()).st_mode)
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path}: cannot be read ({reason(error)})") from error
+    return file
+
+
+def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The contents of a regular file.
+
+    Raises:
+        FileError: it cannot be opened or read, or is larger than `most_bytes`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise FileError(f"{path}: has {size:,} bytes, more than the {most_bytes:,} that such a file may have")
+        try:
+            contents = bytearray()
+            while block := file.read(most_bytes + 1 - len(contents)):  # it may grow meanwhile
+                contents += block
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read ({reason(error)})") from error
+    if len(contents) > most_bytes:
+        raise FileError(f"{path}: has more than the {most_bytes:,} bytes that such a file may have")
+    return bytes(contents)
+
+
+def read_json(path: Path, most_bytes: int = MOST_BYTES, *, unique_keys: bool = False) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        unique_keys: refuse an object that has a key twice; without it the last one counts, as for every reader.
+
+    Raises:
+        FileError: the file cannot be read, or is not JSON within the limits of `parse_json`.
+    """
+    return parse_json(read_bytes(path, most_bytes), str(path), unique_keys=unique_keys)
+
+
+def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileError: the file cannot be read, is not JSON, or holds something else at its top.
+    """
+    value = read_json(path, most_bytes)
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: holds {kind_of(value)} where an object is expected")
+    return value
+
+
+def parse_json(contents: bytes, place: str, *, unique_keys: bool = False) -> Any:
+    """The value of a JSON text in UTF-8, nested at most `MOST_DEPTH` deep, with numbers that a float64 can hold.
+
+    Args:
+        place: names the text in a message.
+
+    Raises:
+        FileError: it is not; says where.
+    """
+    try:
+        text = contents.decode("utf-8")
+        value = json.loads(
+            text,
+            parse_int=_integer if _LONG_NUMBER.search(text) else None,
+            object_pairs_hook=_unique if unique_keys else None,
+        )
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        line = contents.count(b"\n", 0, error.start) + 1
+        raise FileError(f"{place}:{line}: not UTF-8 (byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise FileError(f"{place}: holds half of a surrogate pair, which is no character") from None
+    except json.JSONDecodeError as error:
+        raise FileError(f"{place}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise FileError(f"{place}: nested more than {MOST_DEPTH} deep") from None
+    except _FormError as error:
+        raise FileError(f"{place}: {error}") from None
+    if _is_deep(value):
+        raise FileError(f"{place}: nested more than {MOST_DEPTH} deep")
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in JSON's words."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return names.get(type(value), "null")
+
+
+def reason(error: Exception) -> str:
+    """The system's words for an error, without the path, which the sentence already names."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+class _FormError(ValueError):
+    """JSON that is refused although it can be parsed."""
+
+
+def _refuse_special(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "special")
+        raise FileError(f"{path}: is {kind}, not a regular file")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise _FormError(f"holds a number of {len(digits):,} digits ({digits[:8]}...)")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _FormError(f"has the key {twice[:80]!r} twice")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
