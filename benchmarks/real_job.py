@@ -277,7 +277,7 @@ def _last(console: Console) -> list[str]:
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row; it takes the place of one for the same device, cards, layout, layers and batch."""
-    keys = ("device", "cards", "expert", "layers", "sequence_tokens", "micro_batch_tokens", "accumulation")
+    keys = ("device", "cards", "expert", "layers", "sequence_tokens", "micro_batch_tokens", "accumulation", "recompute")
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     rows = [old for old in rows if any(old[key] != row[key] for key in keys)]
     write_results(path, {"rows": [*rows, row]})
