@@ -1,9 +1,8 @@
 """The training run: the only file that knows the order of steps, reports, evaluations and checkpoints."""
 
 import math
-import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -17,19 +16,18 @@ from finetune.broken_step import MOST_IN_A_ROW, LeftOut, keep_batch, losses_of_p
 from finetune.checkpoint.fingerprint import fingerprint
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_name
-from finetune.evaluation import ProbedRouting, compare_routing, held_out, probe_routing, to_device
+from finetune.evaluation import held_out, to_device
+from finetune.journal import Journal
 from finetune.optim import learning_rate
 from finetune.parallel.world import RankError, World, set_timeouts
 from finetune.recipe import Recipe, RecipeError
+from finetune.reports import Reports, is_due
 from finetune.run_folder import claim, mark_finished, mark_stopped
 from finetune.saving import Saved, Saving, resume
 from finetune.step import optimize, seed_step, step_seed
 from finetune.watch import Watch
-from finetune.window import Totals, Windows
 from monitoring.health import Finding, Health
-from monitoring.routing import LayerDrift, RoutingSnapshot, routing_drift, routing_measures
 from monitoring.run_id import keep_run_id, run_id
-from monitoring.sinks import Sinks, open_sinks
 
 SECONDS_FOR_THE_ONE_BEFORE = 2  # for which a step waits, once, so that its own checkpoint need not be put off
 
@@ -44,17 +42,13 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path, base: Path, world: World, say: Say, watch: Watch):
         self.recipe, self.folder, self.world = recipe, folder, world
         self.base, self.base_folder, self.watch = fingerprint(base), base, watch
-        self.reasons_to_stop: list[str] = []
         parts = assemble(recipe, base, world, say)
         set_timeouts()  # of the groups that the engine made
         with world.together(RecipeError):  # only now: a mistake found before leaves no folder behind
             self.claimed = claim(folder, recipe) if world.is_main else None
         self.engine, self.model, self.loader = parts.engine, parts.model, parts.loader
-        self.evaluation, self.probe = parts.evaluation, parts.probe
-        self.layers = self.model.settings.moe_layers
-        self.windows = Windows(len(self.layers), self.model.settings.num_experts, world.device)
-        # Taken before any trained state is put in: what the base model's routers do with the probe tokens.
-        self.base_routing = self._probe_routing() if recipe.drift_every_steps else None
+        self.evaluation = parts.evaluation
+        self.reports = Reports(recipe, world, self.model, parts.probe)
         self.health = Health()
         self.best: dict[str, float] | None = None  # step and loss of the lowest held-out loss so far
         self.left_out = LeftOut()
@@ -62,9 +56,7 @@ class Run:
         self.best_unsaved = False  # the lowest held-out loss has no checkpoint yet
         self.step = self._resume(say)
         self.saving = Saving(folder / "checkpoints", world, keep=recipe.checkpoint.keep)
-        self.sinks = self._open_sinks()
-        self.report_started = time.perf_counter()
-        self.grad_norm = 0.0
+        self.journal = Journal(recipe, folder, world, self.health)
 
     def train(self) -> None:
         """Train to the last step, reporting, evaluating and saving on the way. Collective."""
@@ -74,11 +66,12 @@ class Run:
             self._train()
         finally:
             self.saving.close()
-            self.sinks.close()
+            self.journal.close()
 
     def _train(self) -> None:
-        recipe = self.recipe
-        self._record({"kind": "start", "step": self.step, "ranks": self.world.size, "expert": self.world.expert_size})
+        recipe, world = self.recipe, self.world
+        self.journal.write({"kind": "start", "step": self.step, "ranks": world.size, "expert": world.expert_size})
+        self.reports.clock.start()
         if self.step == 0:
             self._evaluate()
         while self.step < recipe.train.steps:
@@ -88,20 +81,23 @@ class Run:
             seed_step(recipe.train.seed, self.step, self.world.rank)
             batches = [to_device(batch, self.world.device) for batch in self.loader.next_step()]
             engines.set_learning_rate(self.engine, lr)
-            sums = self.windows.sums.clone()
-            norm = optimize(self.engine, batches, recipe.router, self.world, self.windows)
+            sums = self.reports.windows.sums.clone()
+            norm = optimize(self.engine, batches, recipe.router, self.world, self.reports.windows)
             if math.isfinite(norm):
-                self.grad_norm, self.left_out.in_a_row = norm, 0
+                self.reports.grad_norm, self.left_out.in_a_row = norm, 0
             else:
-                self.windows.sums.copy_(sums)  # nothing was learnt from this step, and its sums are not finite
+                self.reports.windows.sums.copy_(sums)  # nothing was learnt from this step, and its sums are not finite
                 self._leave_out(batches)
-            self._report(lr)
-            is_best = self._due(recipe.train.eval_every_steps) and self._evaluate() and recipe.checkpoint.keep_best
+            if self.reports.write(self.journal, self.step, lr):
+                self._stop_if_told()
+            evaluate = is_due(self.step, recipe.train.eval_every_steps, recipe.train.steps)
+            is_best = evaluate and self._evaluate() and recipe.checkpoint.keep_best
             stopping = self._asked_to_stop()
-            self._save_when_free(now=stopping is not None, is_best=is_best)
+            with self.reports.clock.stopped():
+                self._save_when_free(now=stopping is not None, is_best=is_best)
             if stopping and self.step < recipe.train.steps:
                 self._record_saved(self.saving.settle())
-                self._record(
+                self.journal.write(
                     {"kind": "action", "step": self.step, "message": f"{stopping}: saved and stopped, resumable"}
                 )
                 if self.world.is_main:
@@ -109,7 +105,7 @@ class Run:
                 self.world.barrier()
                 return
         self._record_saved(self.saving.settle())
-        self._record({"kind": "end", "step": self.step})
+        self.journal.write({"kind": "end", "step": self.step})
         if self.world.is_main:
             mark_finished(self.folder, {"step": self.step})
         self.world.barrier()
@@ -127,7 +123,7 @@ class Run:
         found = f"step {self.step}: the loss or the gradient is not finite: {origin(losses, packs)}"
         stopping = self.recipe.train.on_nan == "stop" or left_out.in_a_row == MOST_IN_A_ROW
         message = found if stopping else f"{found}; the step is skipped, and changed nothing that trains"
-        self._record(Finding(self.step, "stop" if stopping else "warn", "not_finite", None, message).record())
+        self.journal.write(Finding(self.step, "stop" if stopping else "warn", "not_finite", None, message).record())
         if not stopping:
             return
         newest = self._newest()
@@ -183,77 +179,19 @@ class Run:
             return None
         return cast(str, next(reason for reason in self.world.gather(self.watch.asked_to_stop) if reason))
 
-    def _due(self, every: int) -> bool:
-        """Whether something done every so many steps is due now; after the last step everything is, once."""
-        return self.step == self.recipe.train.steps or (every > 0 and self.step % every == 0)
-
-    def _report(self, lr: float) -> None:
-        """Write what is due of the training line and the routing record. Communicates when something is."""
-        monitor = self.recipe.monitor
-        report = self.step == 1 or self._due(self.recipe.train.log_every_steps)
-        drift = self.recipe.drift_every_steps > 0 and self._due(self.recipe.drift_every_steps)
-        routing = drift or (monitor.routing_every_steps > 0 and self._due(monitor.routing_every_steps))
-        if not report and not routing:
-            return
-        since_report, since_routing = self.windows.close(self.world, report=report, routing=routing)
-        line = self._training_line(since_report, lr)
-        report, routing = report and since_report.tokens > 0, routing and since_routing.tokens > 0  # else all left out
-        # Routing first: the training line on the console names the worst layer of this window, not of the one before.
-        if routing:
-            snapshot = RoutingSnapshot(self.step, self.layers, since_routing.rows, since_routing.tokens)
-            drifts = self._drift() if drift else None
-            if self.world.is_main:
-                self._judge(self.sinks.routing(snapshot, routing_measures(snapshot), drifts))
-        if report:
-            self._record(line)
-            self.report_started = time.perf_counter()
-        self._stop_if_told()
-
-    def _training_line(self, totals: Totals, lr: float) -> dict[str, Any]:
-        seconds = time.perf_counter() - self.report_started
-        return {
-            "kind": "train",
-            "step": self.step,
-            "loss": totals.loss_sum / max(totals.supervised_tokens, 1),
-            "tokens": totals.tokens,
-            "tokens_per_second": totals.tokens / seconds,
-            "lr": lr,
-            "grad_norm": self.grad_norm,
-            "balance_loss": float(totals.balance_loss.mean()),
-            "z_loss": float(totals.z_loss.mean()),
-            "seconds": seconds,
-            "peak_bytes": peak_bytes(self.world.device),
-        }
-
-    def _probe_routing(self) -> ProbedRouting:
-        return probe_routing(self.model, self.probe, self.recipe.packs_per_micro_batch)
-
-    def _drift(self) -> list[LayerDrift]:
-        assert self.base_routing is not None, "drift is due although the base's routing was not taken"
-        both = compare_routing(self.base_routing, self._probe_routing(), self.world)
-        return routing_drift(
-            layers=self.layers,
-            base_counts=both.base_counts.numpy(),
-            counts=both.counts.numpy(),
-            kept=both.kept.numpy(),
-            base_probabilities=both.base_probabilities.numpy(),
-            probabilities=both.probabilities.numpy(),
-        )
-
     def _evaluate(self) -> bool:
         """Measure the loss on the held-out rows, if there are any; whether it is the lowest so far. Collective."""
         if not self.evaluation:
             return False
-        paused = time.perf_counter()
-        result = held_out(self.model, self.evaluation, self.world)
-        self._record(
+        with self.reports.clock.stopped():
+            result = held_out(self.model, self.evaluation, self.world)
+        self.journal.write(
             {"kind": "eval", "step": self.step, "loss": result.loss, "tokens": result.tokens, "parts": result.parts}
         )
         self._stop_if_told()
         is_best = result.loss < (self.best["loss"] if self.best else math.inf)
         if is_best:
             self.best = {"step": self.step, "loss": result.loss}
-        self.report_started += time.perf_counter() - paused
         return is_best
 
     def _save_when_free(self, *, now: bool, is_best: bool) -> None:
@@ -270,7 +208,8 @@ class Run:
             RankError: the one before could not be written.
         """
         self.best_unsaved |= is_best
-        if not (now or is_best or self.put_off or self._due(self.recipe.checkpoint.every_steps)):
+        due = is_due(self.step, self.recipe.checkpoint.every_steps, self.recipe.train.steps)
+        if not (due or now or is_best or self.put_off):
             return
         began = time.perf_counter()
         if now or self.step == self.recipe.train.steps:
@@ -280,7 +219,6 @@ class Run:
         self.put_off = not self.saving.is_free(patience)
         if not self.put_off:
             self._save(began)
-        self.report_started += time.perf_counter() - began
 
     def _save(self, began: float) -> None:
         """Begin to write a checkpoint that a run on any number of ranks can go on from. Collective.
@@ -295,7 +233,7 @@ class Run:
             self.best |= {"step": self.step, "measured": self.best["step"]}
         self.best_unsaved = False
         tensors = engines.training_state(self.engine, self.world)
-        windows = self.world.sum(self.windows.sums.clone()).cpu()
+        windows = self.world.sum(self.reports.windows.sums.clone()).cpu()
         if self.world.is_main:
             tensors["windows"] = windows
         state = {
@@ -304,6 +242,7 @@ class Run:
             "best": self.best,
             "left_out": asdict(self.left_out),
             "health": self.health.state(),
+            "report": self.reports.state(),
             "wandb": run_id(self.folder) if self.world.is_main and self.recipe.monitor.wandb != "off" else None,
         }
         keep_best = self.recipe.checkpoint.keep_best and self.best
@@ -314,9 +253,9 @@ class Run:
         """Write the line of a checkpoint that has become whole."""
         if saved and (why := saved.written.not_deleted):
             message = f"an older checkpoint could not be deleted ({why}); see that the disk does not fill"
-            self._record({"kind": "action", "step": saved.written.step, "message": message})
+            self.journal.write({"kind": "action", "step": saved.written.step, "message": message})
         if saved:
-            self._record(
+            self.journal.write(
                 {
                     "kind": "checkpoint",
                     "step": saved.written.step,
@@ -341,37 +280,13 @@ class Run:
             return 0
         state, tensors = found
         if self.world.is_main:  # the sums of all ranks since the last reports; the other ranks start from zero
-            self.windows.sums.copy_(tensors.read("windows"))
+            self.reports.windows.sums.copy_(tensors.read("windows"))
+        self.reports.restore(state.get("report"))
         self.best, self.left_out = state["best"], LeftOut(**state["left_out"])
         self.health.restore(state["health"])
         if self.world.is_main and state["wandb"]:
             keep_run_id(self.folder, state["wandb"])
         return int(state["step"])
-
-    def _open_sinks(self) -> Sinks:
-        if not self.world.is_main:
-            return Sinks([])
-        monitor = self.recipe.monitor
-        return open_sinks(
-            self.folder,
-            name=self.recipe.name,
-            steps=self.recipe.train.steps,
-            wandb=monitor.wandb,
-            project=monitor.project,
-            config=self.recipe.model_dump(mode="json"),
-        )
-
-    def _record(self, record: Mapping[str, Any]) -> None:
-        if self.world.is_main:
-            self.sinks.write(record)
-            self._judge(record)
-
-    def _judge(self, record: Mapping[str, Any]) -> None:
-        """Write what the health rules find in this record."""
-        for finding in self.health.check(record):
-            self.sinks.write(finding.record())
-            if finding.level == "stop":
-                self.reasons_to_stop.append(finding.message)
 
     def _stop_if_told(self) -> None:
         """End the run on every rank when a rule on rank 0 said so. One number is communicated.
@@ -379,16 +294,9 @@ class Run:
         Raises:
             TrainingError: what was found, and from where the run can be continued.
         """
-        told = self.world.sum(torch.tensor(float(len(self.reasons_to_stop)), device=self.world.device))
+        told = self.world.sum(torch.tensor(float(len(self.journal.reasons_to_stop)), device=self.world.device))
         if not told:
             return
-        everyone = cast(list[list[str]], self.world.gather(self.reasons_to_stop))
+        everyone = cast(list[list[str]], self.world.gather(self.journal.reasons_to_stop))
         reasons = next(reasons for reasons in everyone if reasons)
         raise TrainingError(f"step {self.step}: stopped: {'; '.join(reasons)}; {self._newest()}")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that this rank has held so far: on its GPU, or on the host when it has none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,5 +1,8 @@
 """What happened since it was last reported: sums kept on the device, brought to the host once a report."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,3 +86,37 @@ class Windows:
             rows.astype(np.int64).reshape(table),
             probability.reshape(table),
         )
+
+
+class Clock:
+    """Seconds spent training since the last report: evaluation and the start of a checkpoint do not count.
+
+    A checkpoint stores them with the sums of the window, because a window may span a restart.
+    """
+
+    def __init__(self, seconds: float = 0.0):
+        """A clock that shows `seconds` and stands still."""
+        self._counted = seconds
+        self._running_since: float | None = None  # time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """What the clock shows now."""
+        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
+        return self._counted + running
+
+    def start(self) -> None:
+        """Run from now on."""
+        assert self._running_since is None, "the clock runs already"
+        self._running_since = time.perf_counter()
+
+    def restart(self) -> None:
+        """Count from 0, running."""
+        self._counted, self._running_since = 0.0, time.perf_counter()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stand still inside the block."""
+        self._counted, self._running_since = self.seconds, None
+        yield
+        self.start()
