@@ -1,7 +1,8 @@
 """The commands: `python -m finetune COMMAND`, and `train`, which `finetune/train.py` calls under the launcher.
 
 A mistake of the user ends a command with one message on standard error and exit code 2; nothing else is caught.
-What needs torch is imported by the command that needs it, so that a mistake in a recipe is told within a second.
+What needs torch is imported by the command that needs it, once the recipe has been read, so that a mistake in a recipe
+is told within a second.
 """
 
 import argparse
@@ -13,9 +14,11 @@ from typing import NoReturn
 
 from finetune.exchange_plan import Links
 from finetune.failure import is_told, tell, told_by_every_host
+from finetune.gpus import gpus
 from finetune.hosts import describe, read_hostfile, run_on_hosts
 from finetune.parallel.slurm import task_environment
 from finetune.recipe import Recipe, load_recipe, resolve
+from finetune.run_folder import check_folder, finished_step, folder_of, recipe_of, run_of_step, stopped_step
 
 STOPPED = 3  # exit code of `finished` for a run that saved and stopped because it was asked to; launch.sh knows it
 
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = options.command
-        if command not in (finished, keys, hosts, across):
+        if command in (train, data, export, summary, replay):
             _name_accelerator()
         return command(options)
     except ValueError as error:
@@ -59,7 +62,7 @@ def train(options: argparse.Namespace) -> int:
 def ranks(options: argparse.Namespace) -> int:
     """Print how many ranks to start on this machine."""
     recipe = _recipe(options)
-    from finetune.launch import print_ranks
+    from finetune.commands.plan import print_ranks
 
     return print_ranks(recipe)
 
@@ -67,7 +70,7 @@ def ranks(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Print what the run will need: memory of each rank, disk, arithmetic."""
     recipe = _recipe(options)
-    from finetune.launch import print_plan
+    from finetune.commands.plan import print_plan
 
     return print_plan(
         recipe,
@@ -81,15 +84,13 @@ def plan(options: argparse.Namespace) -> int:
 def data(options: argparse.Namespace) -> int:
     """Print training sequences as the model sees them: tokens, what is trained on, where documents begin."""
     recipe = _recipe(options)
-    from finetune.launch import show_data
+    from finetune.commands.data import show_data
 
     return show_data(recipe, options.show)
 
 
 def finished(options: argparse.Namespace) -> int:
     """Print the run folder when the run took its last step; exit code 3 when it stopped in order before, else 1."""
-    from finetune.run_folder import check_folder, finished_step, folder_of, stopped_step
-
     recipe = _recipe(options)
     folder = folder_of(recipe)
     check_folder(folder, recipe)
@@ -109,6 +110,7 @@ def finished(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write what a run trained as a folder that other tools load."""
+    recipe_of(options.run)  # before the libraries: a mistyped folder is told at once
     from finetune.results import export_run
 
     return export_run(options.run, options.to, kind=options.format, which=options.checkpoint)
@@ -116,6 +118,7 @@ def export(options: argparse.Namespace) -> int:
 
 def summary(options: argparse.Namespace) -> int:
     """Print what a run achieved and where its results lie."""
+    recipe_of(options.run)
     from finetune.results import print_summary
 
     return print_summary(options.run)
@@ -123,6 +126,7 @@ def summary(options: argparse.Namespace) -> int:
 
 def replay(options: argparse.Namespace) -> int:
     """Forward the batch of a step that was not finite again, and print the loss of each of its sequences."""
+    recipe_of(run_of_step(options.step))
     from finetune.replay import replay as replay_step
 
     return replay_step(options.step, options.model)
@@ -149,9 +153,7 @@ def keys(_: argparse.Namespace) -> int:
 
 def _name_accelerator() -> None:
     """Spare the user DeepSpeed's warning that it found no GPU; that is what most machines with our tiny recipe are."""
-    import torch
-
-    if not torch.cuda.is_available():
+    if not gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 

@@ -1,34 +1,25 @@
-"""What `train`, `plan` and `data` do with a recipe on this machine."""
+"""`train`: a recipe on this rank, from the newest checkpoint to the last step."""
 
 import logging
-import math
 import os
-import shutil
 import sys
 import warnings
 from pathlib import Path
 
 import deepspeed
-import psutil
 import torch
-from rich.console import Console
 
-from data.show import describe, show_pack
-from data.tokenizer import load_tokenizer
 from finetune.agreement import check_agreement
-from finetune.assembly import Say, datasets
+from finetune.assembly import Say
 from finetune.balance import RouterLossError
 from finetune.checkpoint.resume import newest_name
 from finetune.checkpoint.weights import resolve_model
-from finetune.exchange_plan import Links
 from finetune.failure import LostRankError, is_told, record_crash, told_by_every_host
 from finetune.model.config import ModelConfig
 from finetune.parallel import world as worlds
-from finetune.plan_text import render
-from finetune.planner import GIB, Machine, model_config, plan
+from finetune.ranks import fit_to_ranks
 from finetune.recipe import Recipe, RecipeError
 from finetune.recipe_notes import notes
-from finetune.recipe_rules import batch_problem
 from finetune.run_folder import check_folder, finished_step, folder_of, hold
 from finetune.trainer import Run, TrainingError
 from finetune.watch import STALL_SECONDS, Watch
@@ -136,120 +127,6 @@ def _share_cores() -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
-
-
-def ranks_here(recipe: Recipe, gpus: int) -> int:
-    """How many ranks to start on a machine with so many GPUs: the most that the recipe's experts and batch divide over.
-
-    Without a GPU it is what the recipe says. One rank always serves, since it can hold every expert.
-    """
-    if not gpus:
-        return recipe.parallel.ranks
-
-    def divides(ranks: int) -> bool:
-        expert = fit_to_ranks(recipe, ranks, lambda sentence: None).parallel.expert
-        return ranks % expert == 0 and batch_problem(recipe, ranks) is None
-
-    return next((ranks for ranks in range(gpus, 1, -1) if divides(ranks)), 1)
-
-
-def print_ranks(recipe: Recipe) -> int:
-    """Print how many ranks to start here; on standard error, when GPUs stay unused, that they do."""
-    gpus = torch.cuda.device_count()
-    ranks = ranks_here(recipe, gpus)
-    if ranks < gpus:
-        print(
-            f"using {ranks} of {gpus} GPUs: parallel.expert {recipe.parallel.expert} and the batch sizes of the recipe"
-            " do not divide over more",
-            file=sys.stderr,
-        )
-    print(ranks)
-    return 0
-
-
-def fit_to_ranks(recipe: Recipe, size: int, say: Say) -> Recipe:
-    """The recipe with the expert parallel size that so many ranks allow; said aloud when it is another than written.
-
-    A run that goes on with fewer ranks than its recipe was written for shares the experts out over the most ranks that
-    divide both. Only memory and speed depend on it, and the plan says whether there is room. The global batch stays as
-    it is; `accumulation` refuses a number of ranks that it does not divide over.
-    """
-    parallel = recipe.parallel
-    expert = math.gcd(parallel.expert, size) if size < parallel.ranks else parallel.expert
-    if size == 1 < parallel.ranks and (expert < parallel.expert or not torch.cuda.is_available()):
-        say(
-            f"running on one rank with every expert on it, although the recipe says parallel.ranks"
-            f" {parallel.ranks} and parallel.expert {parallel.expert}; ./launch.sh, or `deepspeed"
-            f" --num_gpus {parallel.ranks}`, starts that many where there are as many GPUs, or none"
-        )
-    elif expert < parallel.expert:
-        say(
-            f"{size} ranks instead of parallel.ranks {parallel.ranks}: expert parallel {expert} instead of"
-            f" {parallel.expert}, the most that divides both; the training stays the same"
-        )
-    return recipe.model_copy(update={"parallel": parallel.model_copy(update={"expert": expert})})
-
-
-def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_gib: float | None, links: Links) -> int:
-    """Print what the run needs; exit code 1 when it does not fit.
-
-    Args:
-        ranks: plan for so many ranks instead of this machine's GPUs, or the recipe's number where there are none.
-        nodes: machines that the ranks are spread over; by default one, or one for every 8 of planned GPUs.
-        device_gib: memory of each rank's GPU, for planning on a machine that has none.
-        links: what the links between ranks carry.
-
-    Raises:
-        RecipeError: more machines than ranks, or a recipe that does not divide over the ranks.
-    """
-    config, source = model_config(recipe)
-    machine = _machine(recipe, ranks, nodes, device_gib, links)
-    planned = plan(config, fit_to_ranks(recipe, machine.ranks, print), machine)
-    for sentence in notes(recipe):
-        print(f"note: {sentence}")
-    print(render(planned, source), flush=True)
-    return 1 if planned.fits is False else 0
-
-
-def _machine(recipe: Recipe, ranks: int | None, nodes: int | None, device_gib: float | None, links: Links) -> Machine:
-    gpus = torch.cuda.device_count()
-    ranks = ranks or ranks_here(recipe, gpus if device_gib is None else 0)
-    if nodes is not None and nodes > ranks:
-        raise RecipeError(f"{recipe.name}: {ranks} rank(s) cannot be spread over {nodes} machines")
-    per_node = -(-ranks // nodes) if nodes else ranks if device_gib is None else min(ranks, 8)
-    here = next(place for place in (folder_of(recipe), *folder_of(recipe).parents) if place.exists())
-    disk = shutil.disk_usage(here).free
-    if device_gib is not None:
-        return Machine(
-            ranks=ranks,
-            ranks_per_node=per_node,
-            device_name=f"GPU with {device_gib:g} GiB",
-            device_bytes=int(device_gib * GIB),
-            disk_bytes=disk,
-            links=links,
-        )
-    device = torch.cuda.get_device_properties(0) if gpus else None
-    return Machine(
-        ranks=ranks,
-        ranks_per_node=per_node,
-        device_name=device.name if device else "CPU",
-        device_bytes=device.total_memory if device else None,
-        host_bytes=psutil.virtual_memory().total,
-        disk_bytes=disk,
-        links=links,
-    )
-
-
-def show_data(recipe: Recipe, packs: int) -> int:
-    """Print the first sequences of the training data."""
-    tokenizer = load_tokenizer(resolve_model(recipe.model.path))
-    train, _ = datasets(recipe, tokenizer)
-    console = Console(highlight=False)
-    console.print(describe(train))
-    for pack in range(min(packs, len(train))):
-        for line in show_pack(train, tokenizer, pack):
-            console.print(line)
-    return 0
 
 
 def _voice(rank: int) -> Say:

@@ -18,7 +18,7 @@ from finetune.checkpoint.fingerprint import is_of
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.weights import from_pretrained, resolve_model
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.results import recipe_of
+from finetune.run_folder import recipe_of, run_of_step
 
 
 def replay(kept: Path, folder: Path | None) -> int:
@@ -35,7 +35,7 @@ def replay(kept: Path, folder: Path | None) -> int:
         CheckpointError: the step or the weights cannot be read, or the base is no longer the one of that step.
         RecipeError: `kept` does not lie in the folder of a run.
     """
-    recipe = recipe_of(kept.absolute().parent.parent)
+    recipe = recipe_of(run_of_step(kept))
     tensors, facts = read_step(kept)
     if folder is None:
         folder = resolve_model(recipe.model.path)

@@ -9,7 +9,7 @@ from finetune.checkpoint.resume import chosen_checkpoint, open_state
 from finetune.checkpoint.weights import resolve_model
 from finetune.evaluation import paired_change
 from finetune.planner import model_config
-from finetune.recipe import Recipe, RecipeError, load_recipe
+from finetune.run_folder import recipe_of
 from monitoring.metrics import read_metrics
 from monitoring.routing import read_snapshot, recorded_drift, routing_measures
 from monitoring.table import print_utilisation
@@ -63,18 +63,6 @@ def print_summary(run: Path) -> int:
     print(f"findings of the routing and loss rules: {len(findings)}" + "".join(f"\n  {f['message']}" for f in findings))
     print("Where things are:", *_places(run), sep="\n")
     return 0
-
-
-def recipe_of(run: Path) -> Recipe:
-    """The effective recipe that a run folder holds.
-
-    Raises:
-        RecipeError: no recipe there.
-    """
-    stored = run / "recipe.yaml"
-    if not stored.exists():
-        raise RecipeError(f"{run}: not the folder of a run (it holds no recipe.yaml)")
-    return load_recipe(stored, check_paths=False)
 
 
 def _held_out_lines(records: list[dict[str, object]]) -> list[str]:

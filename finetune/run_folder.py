@@ -27,6 +27,23 @@ def folder_of(recipe: Recipe) -> Path:
     return Path(recipe.output.dir).absolute() / recipe.name
 
 
+def recipe_of(run: Path) -> Recipe:
+    """The effective recipe that a run folder holds.
+
+    Raises:
+        RecipeError: no recipe there.
+    """
+    stored = run / "recipe.yaml"
+    if not stored.exists():
+        raise RecipeError(f"{run}: not the folder of a run (it holds no recipe.yaml)")
+    return load_recipe(stored, check_paths=False)
+
+
+def run_of_step(kept: Path) -> Path:
+    """The run folder that keeps the batch of a step in `crash/step-N`."""
+    return kept.absolute().parent.parent
+
+
 def check_folder(folder: Path, recipe: Recipe) -> None:
     """Make sure that the folder can be written to, and that an earlier run in it had the same recipe. Changes nothing.
 

@@ -9,9 +9,10 @@ import torch
 from finetune import agreement
 from finetune.agreement import check_agreement, refuse_differences
 from finetune.failure import LostRankError, is_told, tell, told_by_every_host
-from finetune.launch import fit_to_ranks, is_lost_connection, is_timeout, lost, ranks_here
+from finetune.launch import is_lost_connection, is_timeout, lost
 from finetune.parallel import world as worlds
 from finetune.parallel.world import MeetingError, RankError
+from finetune.ranks import fit_to_ranks, ranks_here
 from finetune.recipe import CHECKOUT, Recipe, RecipeError, load_recipe
 from monitoring.files import replace_file
 from tests.commands import free_port

@@ -40,6 +40,8 @@ FORBIDDEN = {
     "finetune/state_bytes.py": ("torch", "deepspeed"),
     "finetune/working_bytes.py": ("torch", "deepspeed"),
     "finetune/recompute.py": ("torch", "deepspeed"),
+    **dict.fromkeys(("finetune/cli.py", "finetune/gpus.py", "finetune/ranks.py"), ("torch", "deepspeed")),
+    **dict.fromkeys(("finetune/run_folder.py", "finetune/commands/plan.py"), ("torch", "deepspeed")),
     "finetune/checkpoint/": ("deepspeed",),
     "finetune/engine.py": ("data", "monitoring"),
 }

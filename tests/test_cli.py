@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finetune import cli
+from finetune.commands import plan as plan_command
 from finetune.launch import _share_cores
 from finetune.recipe import RecipeError, load_recipe
 from finetune.run_folder import claim, folder_of, mark_finished, mark_stopped
@@ -63,7 +64,7 @@ def test_keys_lists_every_section(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ranks_is_what_the_recipe_says_where_there_is_no_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(plan_command, "gpus", lambda: ())
     assert cli.main(["ranks", *TINY]) == 0
     assert capsys.readouterr().out == "2\n"
 
@@ -80,6 +81,35 @@ def test_a_setting_without_effect_is_a_note_of_the_plan(capsys: pytest.CaptureFi
         "note: optim.warmup_steps: the warm-up of 6 steps is cut to the 3 of the run",
         "note: monitor.probe_tokens: no effect because drift of the routing is not measured",
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["plan", *TINY], 0),
+        (["ranks", *TINY], 0),
+        (["finished", *TINY, "--set", "output.dir=nowhere"], 1),
+        (["keys"], 0),
+        (["plan", *TINY, "--set", "optim.rl=1"], 2),
+        (["train", *TINY, "--set", "optim.rl=1"], 2),
+        (["data", *TINY, "--set", "optim.rl=1"], 2),
+        (["export", "nowhere", "--to", "there", "--format", "merged"], 2),
+        (["summary", "nowhere"], 2),
+        (["replay", "nowhere/crash/step-1"], 2),
+    ],
+    ids=lambda value: " ".join(value[::3]) if isinstance(value, list) else str(value),
+)
+def test_what_needs_no_tensors_starts_without_torch_and_deepspeed(
+    arguments: list[str], code: int, tmp_path: Path
+) -> None:
+    """In a process of its own, where importing either ends the command with another exit code."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise SystemExit('torch was imported')")
+    (tmp_path / "torch/version.py").write_text("cuda = None")
+    (tmp_path / "deepspeed.py").write_text("raise SystemExit('deepspeed was imported')")
+    started = f"import sys; sys.path[:0] = [{str(ROOT)!r}]; from finetune import cli; sys.exit(cli.main({arguments!r}))"
+    done = run(sys.executable, "-c", started, cwd=tmp_path)
+    assert (done.code, "Traceback" in done.err) == (code, False), done.out + done.err
 
 
 def test_data_shows_what_is_trained_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -99,7 +129,7 @@ def test_a_recipe_is_looked_for_here_and_then_in_the_checkout(
 ) -> None:
     tiny = (ROOT / "recipes/tiny.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(tiny.replace("ranks: 2, expert: 2", "ranks: 4, expert: 2"))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(plan_command, "gpus", lambda: ())
     monkeypatch.chdir(tmp_path)
     assert cli.main(["ranks", "--recipe", written]) == 0
     assert capsys.readouterr().out == {"recipes/tiny.yaml": "2\n", "mine.yaml": "4\n"}[written]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data.packing import Batch
 from finetune import engine as engines
+from finetune.commands.plan import print_plan
 from finetune.exchange_plan import Links, exchange
-from finetune.launch import print_plan
 from finetune.lora import inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM

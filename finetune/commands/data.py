@@ -1,0 +1,21 @@
+"""`data`: training sequences as the model sees them."""
+
+from rich.console import Console
+
+from data.show import describe, show_pack
+from data.tokenizer import load_tokenizer
+from finetune.assembly import datasets
+from finetune.checkpoint.weights import resolve_model
+from finetune.recipe import Recipe
+
+
+def show_data(recipe: Recipe, packs: int) -> int:
+    """Print the first sequences of the training data."""
+    tokenizer = load_tokenizer(resolve_model(recipe.model.path))
+    train, _ = datasets(recipe, tokenizer)
+    console = Console(highlight=False)
+    console.print(describe(train))
+    for pack in range(min(packs, len(train))):
+        for line in show_pack(train, tokenizer, pack):
+            console.print(line)
+    return 0

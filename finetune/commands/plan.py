@@ -1,0 +1,78 @@
+"""`plan` and `ranks`: what a run needs, and how many ranks this machine starts. Import no torch."""
+
+import shutil
+import sys
+
+import psutil
+
+from finetune.exchange_plan import Links
+from finetune.gpus import gpus
+from finetune.plan_text import render
+from finetune.planner import GIB, Machine, model_config, plan
+from finetune.ranks import fit_to_ranks, ranks_here
+from finetune.recipe import Recipe, RecipeError
+from finetune.recipe_notes import notes
+from finetune.run_folder import folder_of
+
+
+def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_gib: float | None, links: Links) -> int:
+    """Print what the run needs; exit code 1 when it does not fit.
+
+    Args:
+        ranks: plan for so many ranks instead of this machine's GPUs, or the recipe's number where there are none.
+        nodes: machines that the ranks are spread over; by default one, or one for every 8 of planned GPUs.
+        device_gib: memory of each rank's GPU, for planning on a machine that has none.
+        links: what the links between ranks carry.
+
+    Raises:
+        RecipeError: more machines than ranks, or a recipe that does not divide over the ranks.
+    """
+    config, source = model_config(recipe)
+    machine = _machine(recipe, ranks, nodes, device_gib, links)
+    planned = plan(config, fit_to_ranks(recipe, machine.ranks, print), machine)
+    for sentence in notes(recipe):
+        print(f"note: {sentence}")
+    print(render(planned, source), flush=True)
+    return 1 if planned.fits is False else 0
+
+
+def print_ranks(recipe: Recipe) -> int:
+    """Print how many ranks to start here; on standard error, when GPUs stay unused, that they do."""
+    here = len(gpus())
+    ranks = ranks_here(recipe, here)
+    if ranks < here:
+        print(
+            f"using {ranks} of {here} GPUs: parallel.expert {recipe.parallel.expert} and the batch sizes of the recipe"
+            " do not divide over more",
+            file=sys.stderr,
+        )
+    print(ranks)
+    return 0
+
+
+def _machine(recipe: Recipe, ranks: int | None, nodes: int | None, device_gib: float | None, links: Links) -> Machine:
+    ranks = ranks or ranks_here(recipe, len(gpus()) if device_gib is None else 0)
+    if nodes is not None and nodes > ranks:
+        raise RecipeError(f"{recipe.name}: {ranks} rank(s) cannot be spread over {nodes} machines")
+    per_node = -(-ranks // nodes) if nodes else ranks if device_gib is None else min(ranks, 8)
+    here = next(place for place in (folder_of(recipe), *folder_of(recipe).parents) if place.exists())
+    disk = shutil.disk_usage(here).free
+    if device_gib is not None:
+        return Machine(
+            ranks=ranks,
+            ranks_per_node=per_node,
+            device_name=f"GPU with {device_gib:g} GiB",
+            device_bytes=int(device_gib * GIB),
+            disk_bytes=disk,
+            links=links,
+        )
+    device = next(iter(gpus()), None)
+    return Machine(
+        ranks=ranks,
+        ranks_per_node=per_node,
+        device_name=device.name if device else "CPU",
+        device_bytes=device.memory_bytes if device else None,
+        host_bytes=psutil.virtual_memory().total,
+        disk_bytes=disk,
+        links=links,
+    )
