@@ -19,19 +19,25 @@ class HeldOut:
 
     loss: float
     tokens: int
-    parts: list[tuple[float, int]]  # summed loss and supervised tokens of every micro-batch of every rank
+    # Summed loss and supervised tokens of every micro-batch, in the order of the held-out rows on any number of ranks.
+    parts: list[tuple[float, int]]
 
 
 @torch.no_grad()
 def held_out(model: HybridMoEForCausalLM, batches: Sequence[Batch], world: World) -> HeldOut:
-    """Loss of the model as it is now on these batches, over all ranks. Every rank must have as many. Collective."""
+    """Loss of the model as it is now on these batches, over all ranks. Collective.
+
+    Args:
+        batches: this rank's, as `data.loader.evaluation_batches` deals them: micro-batch by micro-batch over the ranks,
+            equally many on each.
+    """
     was_training = model.training
     model.eval()
-    parts = torch.zeros(world.size, len(batches), 2, dtype=torch.float64, device=world.device)
+    parts = torch.zeros(len(batches), world.size, 2, dtype=torch.float64, device=world.device)
     for place, batch in enumerate(batches):
         batch = to_device(batch, world.device)
         out = model(batch.input_ids, batch.segment_ids, labels=batch.labels)
-        parts[world.rank, place, 0], parts[world.rank, place, 1] = out.loss_sum, out.token_count
+        parts[place, world.rank, 0], parts[place, world.rank, 1] = out.loss_sum, out.token_count
     model.train(was_training)
     flat = world.sum(parts).flatten(0, 1).tolist()
     tokens = int(sum(count for _, count in flat))

@@ -75,7 +75,7 @@ def _held_out_lines(records: list[dict[str, object]]) -> list[str]:
     line = f"held-out loss: {before['loss']:.4f} before, {after['loss']:.4f} after {after['step']} steps"
     change = paired_change(before["parts"], after["parts"])  # type: ignore[arg-type]
     if change is None:
-        return [line]
+        return [f"{line} (no standard error: it needs two or more batches that are the same in both)"]
     mean, error = change
     line += f"; change {mean:+.4f} with standard error {error:.4f} over {len(after['parts'])} batches"  # type: ignore[arg-type]
     return [line + (f" ({abs(mean) / error:.0f} standard errors)" if error else "")]

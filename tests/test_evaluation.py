@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data.dataset import Dataset
+from data.loader import evaluation_batches
 from data.packing import Batch
 from finetune.evaluation import HeldOut, compare_routing, held_out, paired_change, probe_routing
 from finetune.lora import base_model, inject
@@ -23,7 +25,7 @@ from tests.test_window import alone, batch_of, documents
 
 VALUES = CONFIGS["dense-layers"]  # layers 1 and 2 route, 3 experts of 8 a token
 CONFIG = ModelConfig.from_dict(VALUES)
-# The batches of rank 0, then those of rank 1, which has fewer documents and is filled up with padding.
+# In the order of the rows; the last one is filled up with padding.
 HELD_OUT = [
     batch_of([[7, 1, 9], [20]], 0),
     batch_of([[4, 4], [3]], 1),
@@ -167,7 +169,7 @@ def measured(rank: int, size: int) -> tuple[HeldOut, dict[str, Any]]:
     world = worlds.start(size)
     model = model_with_adapters(world.experts(8), strength=0.15)
     attach(model, world.expert_group)
-    evaluated = held_out(model, HELD_OUT[2 * rank : 2 * rank + 2], world)
+    evaluated = held_out(model, HELD_OUT[rank::size], world)
     with base_model(model):
         base = probe_routing(model, PROBES[rank])
     return evaluated, vars(compare_routing(base, probe_routing(model, PROBES[rank]), world))
@@ -186,6 +188,52 @@ def test_two_ranks_measure_what_one_does(world: World) -> None:
         assert np.allclose([loss for loss, _ in evaluated.parts], [loss for loss, _ in expected.parts])
         for field, value in comparison.items():
             torch.testing.assert_close(both[field], value, msg=lambda m, field=field: f"{field}: {m}")
+
+
+# Packs of as many supervised tokens each, so that their order shows in the losses alone.
+PACKS = [batch_of([[16]], seed) for seed in range(10, 17)]
+
+
+class Packs:
+    """The held-out set of `PACKS`."""
+
+    def __len__(self) -> int:
+        return len(PACKS)
+
+    def batch(self, packs: Any, *, at_least: int) -> Batch:
+        chosen = [PACKS[int(pack)] for pack in packs]
+        chosen += [batch_of([[]], 0)] * (at_least - len(chosen))
+        return Batch(*(torch.cat(parts) for parts in zip(*chosen, strict=True)))
+
+
+def parts_on(rank: int, size: int, expert: int) -> list[tuple[float, int]]:
+    """The parts that this rank of so many records, of a held-out set that does not divide over them."""
+    from finetune.parallel import world as worlds
+    from finetune.parallel.experts import attach
+
+    world = worlds.start(expert)
+    model = model_with_adapters(world.experts(8), strength=0.15)
+    if world.expert_group is not None:
+        attach(model, world.expert_group)
+    batches = evaluation_batches(cast(Dataset, Packs()), packs_per_micro_batch=1, rank=rank, ranks=size)
+    return held_out(model, batches, world).parts
+
+
+@pytest.mark.parametrize(("size", "expert"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+def test_the_parts_do_not_depend_on_the_number_of_ranks(world: World, size: int, expert: int) -> None:
+    """So that a run measured on some ranks, then continued on others, is compared row by row with itself."""
+    model = model_with_adapters(strength=0.15)
+    before = held_out(model, PACKS, world).parts
+    losses = [loss for loss, _ in before]
+    assert len({n for _, n in before}) == 1
+    assert min(abs(a - b) for i, a in enumerate(losses) for b in losses[:i]) > 0.1  # a mistaken order shows
+    for after in ranks(size, parts_on, size, expert):
+        assert [n for _, n in after] == [n for _, n in before]
+        # On other ranks an expert multiplies other rows at once, which rounds otherwise.
+        assert [loss for loss, _ in after] == pytest.approx(losses, rel=1e-6 if expert > 1 else 0)
+        change = paired_change(before, after)
+        assert change is not None
+        assert change == pytest.approx((0, 0), abs=1e-6)
 
 
 def parts_of(tokens: np.ndarray, losses: np.ndarray) -> list[tuple[float, int]]:
