@@ -16,9 +16,10 @@ def adapter_limits(targets: Collection[str], *, trains_routers: bool) -> list[st
             "router.train: an adapter cannot hold trained routers; this run can be exported as a merged model only"
             " (export --format merged)"
         )
-    if "shared_expert" in targets:
+    if "shared_expert" in targets or "all-linear" in targets:
+        named = "shared_expert" if "shared_expert" in targets else "all-linear includes shared_expert, which"
         sentences.append(
-            "lora.targets: shared_expert has no peft form for this model, because peft would load its factors on the"
+            f"lora.targets: {named} has no peft form for this model: peft would load its factors on the"
             " routed experts; this run can be exported as a merged model only (export --format merged)"
         )
     elif "experts" in targets:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from finetune.checkpoint.export import export_adapter, export_merged, split_trained
+from finetune.checkpoint.adapter import export_adapter
 from finetune.checkpoint.fingerprint import is_of
 from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.merged import export_merged
 from finetune.checkpoint.resume import chosen_checkpoint, open_state
+from finetune.checkpoint.trained import split_trained
 from finetune.checkpoint.weights import resolve_model
 from finetune.evaluation import paired_change
 from finetune.planner import model_config
@@ -37,11 +39,12 @@ def export_run(run: Path, to: Path, *, kind: str, which: str = "newest") -> int:
     adapter, replaced = split_trained(tensors, alpha=lora.alpha if lora else 0.0, dropout=lora.dropout if lora else 0.0)
     print(f"exporting {checkpoint} on {base} as {kind} to {to}", flush=True)
     if kind == "adapter":
-        modules = export_adapter(base, to, adapter=adapter, replaced=replaced, base_name=recipe.model.path)
-        print(f"{to}: adapter on {len(modules)} modules, read back and equal")
+        written = export_adapter(base, to, adapter=adapter, replaced=replaced, base_name=recipe.model.path)
+        print(f"{to}: {written.sentence()}")
     else:
-        changed = export_merged(base, to, adapter=adapter, replaced=replaced)
-        print(f"{to}: {len(changed)} tensors changed, every other as in the base; read back and equal")
+        from_base = recipe.model.init == "pretrained"
+        merged = export_merged(base, to, adapter=adapter, replaced=replaced, from_base=from_base)
+        print(f"{to}: {merged.sentence()}")
     return 0
 
 

@@ -15,6 +15,7 @@ from tests.commands import ROOT
         (("q_proj", "shared_expert"), False, ["lora.targets: shared_expert has no peft form for this model"]),
         (("q_proj", "experts"), False, ["lora.targets: peft loads adapters of the routed experts, but not every"]),
         (("experts", "shared_expert"), False, ["lora.targets: shared_expert has no peft form for this model"]),
+        (("all-linear",), False, ["lora.targets: all-linear includes shared_expert, which has no peft form"]),
         (("q_proj",), True, ["router.train: an adapter cannot hold trained routers"]),
     ],
 )

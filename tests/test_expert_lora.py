@@ -17,9 +17,11 @@ from transformers import Qwen3NextForCausalLM
 from data.packing import Batch
 from finetune import engine as engines
 from finetune.balance import count_rows, router_loss
-from finetune.checkpoint.export import LoraFactors, export_adapter, export_merged, split_trained
+from finetune.checkpoint.adapter import export_adapter
 from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.merged import export_merged
 from finetune.checkpoint.resume import open_state
+from finetune.checkpoint.trained import LoraFactors, split_trained
 from finetune.checkpoint.weights import from_pretrained
 from finetune.kernels.experts import experts_grouped
 from finetune.lora import AdapterError, base_model, inject
@@ -339,7 +341,7 @@ def test_merged_and_adapter_give_the_logits_of_training(
     expected = logits(ours, ids)
     assert (logits(from_pretrained(folder, dtype=torch.float32), ids) - expected).abs().max() > 0.1
 
-    changed = export_merged(folder, tmp_path / "merged", adapter=trained(ours), replaced={})
+    changed = export_merged(folder, tmp_path / "merged", adapter=trained(ours), replaced={}).changed
     merged, report = Qwen3NextForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32, output_loading_info=True
     )
@@ -348,7 +350,7 @@ def test_merged_and_adapter_give_the_logits_of_training(
     layers = ModelConfig.from_dict(VALUES[name]).moe_layers
     assert sum(".mlp.experts." in tensor for tensor in changed) == len(layers) * 8 * 3
 
-    modules = export_adapter(folder, tmp_path / "adapter", adapter=trained(ours), replaced={}, base_name="x")
+    modules = export_adapter(folder, tmp_path / "adapter", adapter=trained(ours), replaced={}, base_name="x").modules
     assert sum(module.endswith(".mlp.experts") for module in modules) == len(layers)
     theirs = Qwen3NextForCausalLM.from_pretrained(folder, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
@@ -363,7 +365,7 @@ def test_each_stored_matrix_is_merged_in_float32_and_rounded_once(tmp_path: Path
     folder = save_released(transformers_model(VALUES["base"], torch.bfloat16), tmp_path / "base")
     before = all_tensors(folder)
     model = adapted(from_pretrained(folder, dtype=torch.float32), ("experts",))
-    changed = export_merged(folder, tmp_path / "merged", adapter=trained(model), replaced={})
+    changed = export_merged(folder, tmp_path / "merged", adapter=trained(model), replaced={}).changed
     factors = {name: p.detach() for name, p in trainable(model).items()}
     expected = dict(before)
     for layer in range(4):

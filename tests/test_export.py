@@ -9,11 +9,14 @@ from peft.utils import transformers_weight_conversion
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3NextForCausalLM
 
-from finetune.checkpoint import export
-from finetune.checkpoint.export import LoraFactors, export_adapter, export_merged, split_trained
+from finetune.checkpoint import adapter, merged
+from finetune.checkpoint.adapter import REDIRECTED_BY_PEFT, export_adapter
+from finetune.checkpoint.copying import check_written
 from finetune.checkpoint.layout import CheckpointError, is_expert_parameter
+from finetune.checkpoint.merged import export_merged
 from finetune.checkpoint.resume import open_state
 from finetune.checkpoint.shards import read_header
+from finetune.checkpoint.trained import LoraFactors, split_trained
 from finetune.checkpoint.weights import from_pretrained
 from finetune.lora import inject
 from tests.checkpoints import write_checkpoint
@@ -115,7 +118,7 @@ def test_merged_gives_the_logits_of_base_plus_adapter(name, bases, tmp_path):
 def test_merged_weights_are_those_that_peft_merges(name, bases, tmp_path):
     ours = adapted(bases(name))
     factors, replaced = trained(ours)
-    changed = export_merged(bases(name), tmp_path / "merged", adapter=factors, replaced=replaced)
+    changed = export_merged(bases(name), tmp_path / "merged", adapter=factors, replaced=replaced).changed
     assert sorted(changed) == sorted(f"{module}.weight" for module in factors.modules)
     expected = peft_model(bases(name), ours).merge_and_unload().state_dict()
     found = Qwen3NextForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
@@ -140,7 +143,7 @@ def test_merged_rounds_once_and_leaves_every_other_byte(bases, tmp_path):
     before = all_tensors(base)
     module = "model.layers.1.linear_attn.out_proj"
     factors = random_factors({module: tuple(before[f"{module}.weight"].shape)})
-    assert export_merged(base, to, adapter=factors, replaced={}) == [f"{module}.weight"]
+    assert export_merged(base, to, adapter=factors, replaced={}).changed == [f"{module}.weight"]
     a, b = factors.modules[module]
     exact = before[f"{module}.weight"].double() + ALPHA / RANK * b.double() @ a.double()
     after = all_tensors(to)
@@ -225,7 +228,7 @@ def test_adapter_loads_with_stock_peft_and_gives_the_same_logits(name, targets, 
     base, to = bases(name), tmp_path / "adapter"
     ours = adapted(base, targets)
     factors, replaced = trained(ours)
-    modules = export_adapter(base, to, adapter=factors, replaced=replaced, base_name="Qwen/Qwen3-Coder-Next")
+    modules = export_adapter(base, to, adapter=factors, replaced=replaced, base_name="Qwen/Qwen3-Coder-Next").modules
     theirs = PeftModel.from_pretrained(Qwen3NextForCausalLM.from_pretrained(base, dtype=torch.float32), to).eval()
     wrapped = [name for name, module in theirs.named_modules() if isinstance(module, BaseTunerLayer)]
     assert sorted(wrapped) == [f"base_model.model.{module}" for module in modules]
@@ -256,7 +259,7 @@ def test_an_adapter_of_some_layers_stays_on_them(bases, tmp_path):
 def test_peft_redirects_the_names_that_an_adapter_refuses(bases):
     """Why they are refused; when peft changes this, so can we."""
     redirected = transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING["qwen2_moe"]
-    assert set(redirected) == set(export._REDIRECTED_BY_PEFT)
+    assert set(redirected) == set(REDIRECTED_BY_PEFT)
     model = Qwen3NextForCausalLM.from_pretrained(bases("base"), dtype=torch.float32)
     shared = [f"model.layers.0.mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")]
     get_peft_model(model, LoraConfig(r=2, target_modules=shared, lora_dropout=0.0))
@@ -359,23 +362,117 @@ def test_a_base_too_coarse_to_merge_into_is_refused(bases, tmp_path):
         export_merged(base, tmp_path / "merged", adapter=None, replaced={gate: torch.zeros(8, 32)})
 
 
-def test_what_does_not_read_back_is_never_given_its_name(bases, tmp_path, monkeypatch):
-    rewrite = export._rewrite
+def flip(path, place):
+    """Change one bit of a file, as a bad disk does."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
-    def on_a_bad_disk(base, folder, config, trained):
-        hashes = rewrite(base, folder, config, trained)
-        for path in folder.glob("*.safetensors"):
-            for name, stored in read_header(path).items():
-                if name in hashes:
-                    content = bytearray(path.read_bytes())
-                    content[stored.start] ^= 1
-                    path.write_bytes(content)
-        return hashes
 
-    monkeypatch.setattr(export, "_rewrite", on_a_bad_disk)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight do not read back as written; check the disk"):
+def place_of(folder, name):
+    """File and first byte of a stored tensor."""
+    return next(
+        (path, stored.start)
+        for path in folder.glob("*.safetensors")
+        for tensor, stored in read_header(path).items()
+        if tensor == name
+    )
+
+
+SABOTAGE = {
+    "a merged tensor": lambda folder: place_of(folder, "model.norm.weight"),
+    "a copied tensor": lambda folder: place_of(folder, "model.embed_tokens.weight"),
+    "a carried tensor": lambda folder: place_of(folder, "mtp.norm.weight"),
+    "a header": lambda folder: (place_of(folder, "model.norm.weight")[0], 12),
+    "the index": lambda folder: (folder / "model.safetensors.index.json", 30),
+    "the configuration": lambda folder: (folder / "config.json", 40),
+    "the tokenizer": lambda folder: (folder / "tokenizer.json", 5),
+}
+
+
+@pytest.mark.parametrize("what", SABOTAGE)
+def test_what_does_not_read_back_is_never_given_its_name(what, bases, tmp_path, monkeypatch):
+    damaged = []
+
+    def on_a_bad_disk(folder, hashes):
+        path, place = SABOTAGE[what](folder)
+        flip(path, place)
+        damaged.append(path.name)
+        check_written(folder, hashes)
+
+    monkeypatch.setattr(merged, "check_written", on_a_bad_disk)
+    with pytest.raises(CheckpointError) as raised:
         export_merged(bases("base"), tmp_path / "out", adapter=None, replaced={"model.norm.weight": torch.ones(32)})
+    assert str(raised.value) == f"{damaged[0]}: not read back as written; check the disk, then export again"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["weights", "rank", "target"])
+def test_an_adapter_that_does_not_read_back_is_never_given_its_name(what, bases, tmp_path, monkeypatch):
+    check = adapter._check
+
+    def on_a_bad_disk(folder, *rest):
+        if what == "weights":
+            flip(folder / adapter.WEIGHTS, -1)
+        else:
+            path = folder / adapter.CONFIG
+            pair = {"rank": ('"r": 3', '"r": 2'), "target": ("q_proj", "k_proj")}[what]
+            path.write_text(path.read_text().replace(*pair))
+        check(folder, *rest)
+
+    monkeypatch.setattr(adapter, "_check", on_a_bad_disk)
+    with pytest.raises(CheckpointError, match="not read back as written; check the disk, then export again"):
+        export_adapter(bases("base"), tmp_path / "out", base_name="base", **homeless(Q_PROJ, 128))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_no_index_lists_are_carried_or_named(bases, tmp_path):
+    base = shutil.copytree(bases("base"), tmp_path / "base")
+    save_file({"mtp.extra.weight": torch.ones(7)}, base / "mtp.safetensors")
+    save_file({"model.norm.weight": torch.ones(32)}, base / "consolidated.safetensors")
+    (base / "pytorch_model.bin").write_bytes(b"old")
+    (base / "adapter_config.json").write_text("{}")
+    (base / "original").mkdir()
+    (base / ".gitattributes").touch()
+    found = export_merged(base, tmp_path / "out", adapter=None, replaced={"model.norm.weight": torch.zeros(32)})
+    assert (tmp_path / "out/mtp.safetensors").read_bytes() == (base / "mtp.safetensors").read_bytes()
+    assert found.left_out == ["adapter_config.json", "consolidated.safetensors", "original/", "pytorch_model.bin"]
+    assert "mtp.extra.weight" in found.copied
+    stored = all_tensors(tmp_path / "out")
+    assert (found.changed, len(found.copied)) == (["model.norm.weight"], len(stored) - 1)
+    assert found.sentence().startswith(f"1 tensors merged, {len(stored) - 1} copied, and 6 files that are not weights")
+    assert "; left out of the base: adapter_config.json, consolidated.safetensors, original/" in found.sentence()
+    assert {path.name for path in base.iterdir()} - {path.name for path in (tmp_path / "out").iterdir()} == {
+        *(".gitattributes", "original"),
+        *("adapter_config.json", "consolidated.safetensors", "pytorch_model.bin"),
+    }
+
+
+def test_nothing_of_a_base_is_exported_with_a_model_that_was_not_made_from_it(bases, tmp_path):
+    base = shutil.copytree(bases("base"), tmp_path / "base")
+    save_file({"mtp.extra.weight": torch.ones(7)}, base / "mtp.safetensors")
+    theirs = transformers_model(VALUES["base"])
+    randomise(theirs, seed=2)
+    _, replaced = split_trained(training_state(theirs), alpha=0.0, dropout=0.0)
+    found = export_merged(base, tmp_path / "out", adapter=None, replaced=replaced, from_base=False)
+    assert not [name for name in all_tensors(tmp_path / "out") if name.startswith("mtp.")]
+    loaded = Qwen3NextForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert_same_tensors(loaded.state_dict(), theirs.state_dict())
+    assert not found.copied
+    assert "mtp.safetensors" in found.left_out
+    incomplete = {name: replaced[name] for name in replaced if name != "model.norm.weight"}
+    with pytest.raises(CheckpointError, match=r"nor the training state holds model\.norm\.weight"):
+        export_merged(base, tmp_path / "again", adapter=None, replaced=incomplete, from_base=False)
+
+
+def test_numbers_of_the_base_that_are_not_finite_are_named(bases, tmp_path):
+    base = shutil.copytree(bases("base", torch.bfloat16), tmp_path / "base")
+    path, place = place_of(base, "model.embed_tokens.weight")
+    content = bytearray(path.read_bytes())
+    content[place : place + 2] = b"\xff\xff"
+    path.write_bytes(content)
+    found = export_merged(base, tmp_path / "out", adapter=None, replaced={"model.norm.weight": torch.ones(32)})
+    assert found.sentence().endswith("; the base itself holds numbers that are not finite in model.embed_tokens.weight")
 
 
 def test_a_damaged_training_state_is_refused():

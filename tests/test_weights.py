@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from finetune.checkpoint import shards
+from finetune.checkpoint.folder import TEMPORARY
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.weights import from_pretrained, load_weights, resolve_model, save_pretrained
 from finetune.model.config import ModelConfig
@@ -274,11 +275,12 @@ def test_saving_never_touches_a_folder_with_something_in_it(released, tmp_path):
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(CheckpointError, match="mine: already exists and is not an empty folder"):
         save_pretrained(model, tmp_path / "mine", base=released)
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / "thesis.txt").touch()
-    with pytest.raises(CheckpointError, match=r"out\.tmp: is in the way of writing out"):
+    beside = tmp_path / f"out{TEMPORARY}"
+    beside.mkdir()
+    (beside / "thesis.txt").touch()
+    with pytest.raises(CheckpointError, match=rf"out{TEMPORARY}: is in the way of writing out"):
         save_pretrained(model, tmp_path / "out", base=released)
-    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["mine", "thesis.txt", "out.tmp", "thesis.txt"]
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["mine", "thesis.txt", beside.name, "thesis.txt"]
 
 
 def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(released, tmp_path, monkeypatch):
@@ -298,9 +300,9 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(released, tmp_
     assert list(tmp_path.iterdir()) == []
 
     # What a killed writer leaves is replaced; an empty target is filled.
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp" / ".being-written").touch()
-    (tmp_path / "out.tmp" / "half").touch()
+    (tmp_path / f"out{TEMPORARY}/content").mkdir(parents=True)
+    (tmp_path / f"out{TEMPORARY}/being-written.lock").touch()
+    (tmp_path / f"out{TEMPORARY}/content/half").touch()
     (tmp_path / "out").mkdir()
     save_pretrained(model, tmp_path / "out", base=released)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -3,51 +3,111 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from finetune.checkpoint.layout import CheckpointError
 from monitoring.files import replace_file
 
-# Tells a folder that an earlier, interrupted write left behind from one that happens to have its name.
-_MARKER = ".being-written"
+TEMPORARY = ".nextune-tmp"  # suffix of the folder beside, which holds nothing but these three names:
+_MARKER = "being-written.lock"  # made first and deleted last; held by the process that writes
+_CONTENT = "content"  # what becomes the folder
+_REPLACED = "replaced"  # what the folder was before, until it is deleted
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
 @contextmanager
-def whole_folder(to: Path) -> Iterator[Path]:
-    """A new folder `TO.tmp` to write into, which becomes `to` when the block ends and is deleted when it fails.
+def whole_folder(to: str | Path, *, check_replaceable: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """A new folder to write into, which becomes `to` when the block ends and is deleted when it fails.
+
+    It lies in `TO.nextune-tmp`. One that a killed process left there is deleted; one that holds anything else is not.
+
+    Args:
+        check_replaceable: raises CheckpointError where a `to` that already holds something must stay as it is. Called
+            before anything is written, and again before `to` is replaced. By default every such `to` must stay.
 
     Raises:
-        CheckpointError: `to` already holds something, or the disk refused.
+        CheckpointError: `to` must stay as it is, another process writes it now, or the disk refused.
     """
-    partial = to.with_name(to.name + ".tmp")
-    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise CheckpointError(f"{to}: already exists and is not an empty folder; choose another or remove it")
-    if partial.exists() and not (partial / _MARKER).exists():
-        raise CheckpointError(f"{partial}: is in the way of writing {to.name}; rename or remove it")
+    to = Path(os.path.realpath(to))
+    check_replaceable = check_replaceable or _refuse
+    partial = to.with_name(to.name + TEMPORARY) if to.name else to
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        (partial / _MARKER).touch()
-        yield partial
-        (partial / _MARKER).unlink()
-        for path in (*partial.rglob("*"), partial):
+        _check_target(to, check_replaceable)
+        held = _begin(partial, to)
+    except OSError as error:
+        raise CheckpointError(f"{to}: cannot be written ({error.strerror or error}); choose another folder") from error
+    try:
+        content = partial / _CONTENT
+        content.mkdir()
+        yield content
+        for path in (*content.rglob("*"), content):
             sync(path)
-        os.rename(partial, to)
+        _check_target(to, check_replaceable)
+        _put(content, to, partial / _REPLACED)
         sync(to.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{to}: could not be written ({error}); nothing is left of it") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    finally:
+        with suppress(OSError):  # what stays is known as ours and deleted by the next write
+            _delete(partial)
+        held.release()
+
+
+def _refuse(to: Path) -> None:
+    raise CheckpointError(f"{to}: already exists and is not an empty folder; choose another or remove it")
+
+
+def _check_target(to: Path, check_replaceable: Callable[[Path], None]) -> None:
+    if os.path.ismount(to):
+        raise CheckpointError(f"{to}: is a mount point, which cannot be replaced; choose a folder below it")
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        check_replaceable(to)
+
+
+def _begin(partial: Path, to: Path) -> FileLock:
+    """Make the folder beside and lock it; what a killed process left in it is deleted first."""
+    ours = {_MARKER, _CONTENT, _REPLACED}
+    there = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
+    if os.path.lexists(partial) and (not partial.is_dir() or there - ours or (there and _MARKER not in there)):
+        raise CheckpointError(f"{partial}: is in the way of writing {to.name}; rename or remove it")
+    partial.mkdir(parents=True, exist_ok=True)
+    held = FileLock(partial / _MARKER)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(f"{to}: another process is writing it now; wait for it, or choose another") from None
+    for name in (_CONTENT, _REPLACED):
+        if (partial / name).exists():
+            shutil.rmtree(partial / name)
+    return held
+
+
+def _put(content: Path, to: Path, replaced: Path) -> None:
+    if to.exists() and any(to.iterdir()):
+        os.rename(to, replaced)
+        try:
+            os.rename(content, to)
+        except OSError:
+            os.rename(replaced, to)
+            raise
+    else:
+        os.rename(content, to)
+
+
+def _delete(partial: Path) -> None:
+    """The marker last, so that a process that is killed meanwhile leaves a folder that is known as ours."""
+    for name in (_CONTENT, _REPLACED):
+        shutil.rmtree(partial / name, ignore_errors=True)
+    if not {path.name for path in partial.iterdir()} - {_MARKER}:
+        (partial / _MARKER).unlink(missing_ok=True)
+        partial.rmdir()
 
 
 def sync(path: Path) -> None:
@@ -64,15 +124,28 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def is_companion(path: Path) -> bool:
+    """Whether a file at the top of a checkpoint folder belongs to it and is not weights; hidden files do not.
+
+    Nor do the settings of an adapter: transformers would load its factors too, which no training here has seen.
+    """
+    is_weights = path.name.endswith(WEIGHT_SUFFIXES) or path.name == "adapter_config.json"
+    return path.is_file() and not path.name.startswith(".") and not is_weights
+
+
 def copy_companions(base: Path, to: Path) -> None:
     """Copy everything of a checkpoint folder that is not weights, byte for byte.
 
     That is configuration, tokenizer, chat templates, generation settings, licence, model card: the files at the top of
     the folder, hidden ones left out, and the folder in which transformers keeps further chat templates.
     """
-    for path in base.iterdir():
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_SUFFIXES):
-            shutil.copyfile(path, to / path.name)
+    for path in companions(base):
+        (to / path).parent.mkdir(exist_ok=True)
+        shutil.copyfile(base / path, to / path)
+
+
+def companions(base: Path) -> list[Path]:
+    """The files that `copy_companions` copies, relative to `base`."""
     templates = base / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, to / templates.name, copy_function=shutil.copyfile)
+    further = (path for path in templates.rglob("*") if path.is_file()) if templates.is_dir() else ()
+    return sorted(path.relative_to(base) for path in (*filter(is_companion, base.iterdir()), *further))
