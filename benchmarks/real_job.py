@@ -10,6 +10,7 @@ run at another expert parallel size. Every training adds a row to the file that 
     tokens_per_second        all cards together: median of the steps from the third on
     mfu                      operations that a step must do (recomputation left out) over the cards' peak
     peak_gib, planned_gib    tensors of rank 0: most at one time, and the plan's
+    recompute                what the plan for these cards computes again in the backward pass
     load_seconds             from the data's line to the weights' line of the console; trials of kernels included
     checkpoint_blocked_seconds, export_seconds, kill_and_resume
 """
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from benchmarks.random_checkpoint import CHECKOUT, REFERENCE, write_random_check
 from finetune.model.config import ModelConfig
 from finetune.planner import GIB, Machine, plan
 from finetune.recipe import load_recipe
+from finetune.recompute import described
 from finetune.working_bytes import RUNTIME_DEVICE_BYTES
 from monitoring.metrics import read_metrics
 
@@ -135,7 +138,8 @@ def measure(options: argparse.Namespace, work: Path) -> int:
         size = write_random_checkpoint(base, values)
         print(f"checkpoint of {size / 1e9:.1f} GB made in {time.perf_counter() - began:.1f} s", flush=True)
     expert = options.expert or options.cards
-    name = f"real-{options.cards}-{expert}-{options.layers}"
+    settings = zlib.crc32(" ".join(options.set).encode())  # other settings make another run
+    name = f"real-{options.cards}-{expert}-{options.layers}-{settings:08x}"
     job = Job(base, work, options.cards, expert, options.steps, tuple(options.set), name)
     show("plan", run([sys.executable, "-m", "finetune", "plan", *job.words]))
     row = trained(job, show("train", run(job.train())))
@@ -212,7 +216,7 @@ def trained(job: Job, console: Console) -> dict[str, Any]:
         "sequence_tokens": recipe.train.sequence_tokens,
         "micro_batch_tokens": recipe.train.micro_batch_tokens,
         "accumulation": recipe.accumulation(job.cards),
-        "recompute": next(line for _, line in console.lines if "backward pass: " in line or "recomputation: " in line),
+        "recompute": described(config, made.recompute),
         "tokens_per_second": round(rate),
         "step_seconds": round(statistics.median(r["seconds"] for r in steps), 4),
         "mfu": round(rate * made.operations / (PEAK * job.cards), 4) if gpu else None,
