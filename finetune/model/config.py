@@ -3,16 +3,19 @@
 Field names are the checkpoint's own. Both spellings of the rotary settings are read: top-level `rope_theta` and
 `partial_rotary_factor` (the released files) and `rope_parameters` (written by transformers 5).
 
-Source: `Qwen3NextConfig`, transformers 5.23.
+`config_file.py` reads the file. Source: `Qwen3NextConfig`, transformers 5.24.
 """
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-Mixer = Literal["linear_attention", "full_attention"]
-_SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,)}
+from finetune.model.config_file import LAYERS, VOCABULARY, ConfigError, Mixer, settings_of
+from monitoring.json_file import FileError, MissingFileError, read_json
+
+_MOST_FILE_BYTES = 16 << 20
+_MOST_PARAMETERS = 10**14  # more than any tensor library can count in one tensor of a layer
+_MOST_EXPERT_MATRICES = 1_000_000  # over all layers; the released model has 24,576
 
 
 class Recompute(NamedTuple):
@@ -25,17 +28,13 @@ class Recompute(NamedTuple):
 NOTHING, ALL = Recompute(False, False), Recompute(True, True)
 
 
-class ConfigError(ValueError):
-    """A `config.json` that this model cannot be built from: says the key, what was found and what is supported."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and constants of one model. Defaults are those of `Qwen3NextConfig` where the released files omit them."""
 
-    vocab_size: int = 151936
+    vocab_size: int = VOCABULARY
     hidden_size: int = 2048
-    num_hidden_layers: int = 48
+    num_hidden_layers: int = LAYERS
     layer_types: tuple[Mixer, ...] = ()
     num_attention_heads: int = 16
     num_key_value_heads: int = 2
@@ -61,8 +60,15 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        problems = self._problems()
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        """What sizes that are right one by one do not allow together."""
+        problems = []
         if len(self.layer_types) != self.num_hidden_layers:
-            raise ConfigError(
+            problems.append(
                 f"layer_types names {len(self.layer_types)} layers but num_hidden_layers is {self.num_hidden_layers}"
             )
         for name, whole, part in (
@@ -70,15 +76,23 @@ class ModelConfig:
             ("linear_num_value_heads", self.linear_num_value_heads, self.linear_num_key_heads),
         ):
             if whole % part:
-                raise ConfigError(f"{name} is {whole}, which the {part} key heads do not divide")
-        if not 0 < self.num_experts_per_tok <= self.num_experts:
-            raise ConfigError(
+                problems.append(f"{name} is {whole}, which the {part} key heads do not divide")
+        if self.num_experts_per_tok > self.num_experts:
+            problems.append(
                 f"num_experts_per_tok is {self.num_experts_per_tok}; it must lie in 1..num_experts = {self.num_experts}"
             )
-        if self.rotary_dim % 2:
-            raise ConfigError(
-                f"head_dim x partial_rotary_factor is {self.rotary_dim}; rotary pairs need an even number"
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            problems.append(
+                f"head_dim x partial_rotary_factor is {self.rotary_dim}; rotary pairs need an even number of at least 2"
             )
+        if self.num_hidden_layers * self.num_experts > _MOST_EXPERT_MATRICES:
+            problems.append(
+                f"num_hidden_layers x num_experts is {self.num_hidden_layers * self.num_experts:,}; at most"
+                f" {_MOST_EXPERT_MATRICES:,} experts are supported"
+            )
+        if not problems and (parameters := sum(self.parameter_counts().values())) > _MOST_PARAMETERS:
+            problems.append(f"its sizes make {parameters:,} parameters; at most {_MOST_PARAMETERS:,} are supported")
+        return problems
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -89,36 +103,31 @@ class ModelConfig:
         """
         path = folder / "config.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            values = read_json(path, _MOST_FILE_BYTES)
+        except MissingFileError:
             raise ConfigError(f"{path}: no such file; point model.path at a folder that holds a checkpoint") from None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+        except FileError as error:
+            raise ConfigError(f"{error}; copy the file of the checkpoint again") from None
         try:
-            return cls.from_dict(values)
+            config = cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
+        if not config.moe_layers:
+            raise ConfigError(
+                f"{path}: no layer has experts (see mlp_only_layers and decoder_sparse_step), and Nextune trains"
+                " mixtures of experts"
+            )
+        return config
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+    def from_dict(cls, values: Any) -> "ModelConfig":
         """The configuration in the parsed contents of a `config.json`.
 
         Raises:
             ConfigError: another model family, a wrong type, or a feature that this model does not have.
         """
-        _refuse_unsupported(values)
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        merged = {**values, **{k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}}
-        merged["layer_types"] = tuple(values.get("layer_types") or _layer_types(values))
-        merged["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
-        known = {field.name: merged[field.name] for field in fields(cls) if merged.get(field.name) is not None}
-        for field in fields(cls):
-            expected = _SCALARS.get(str(getattr(field.type, "__name__", field.type)))
-            if expected and field.name in known and type(known[field.name]) not in expected:
-                raise ConfigError(f"{field.name}: expected {expected[0].__name__}, found {known[field.name]!r}")
-            if expected and expected[0] is float and field.name in known:
-                known[field.name] = float(known[field.name])
-        return cls(**known)
+        settings = settings_of(values)
+        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
 
     @property
     def rotary_dim(self) -> int:
@@ -170,30 +179,3 @@ class ModelConfig:
             "dense_mlp": (self.num_hidden_layers - moe) * 3 * hidden * self.intermediate_size,
             "norms": (2 * self.num_hidden_layers + 1) * hidden,
         }
-
-
-def _layer_types(values: dict[str, Any]) -> list[Mixer]:
-    interval = values.get("full_attention_interval") or 4
-    layers = values.get("num_hidden_layers") or ModelConfig.num_hidden_layers
-    return ["full_attention" if (layer + 1) % interval == 0 else "linear_attention" for layer in range(layers)]
-
-
-def _refuse_unsupported(values: dict[str, Any]) -> None:
-    family = values.get("model_type")
-    if family != "qwen3_next":
-        raise ConfigError(f"model_type is {family!r}; Nextune trains 'qwen3_next' (Qwen3-Next, Qwen3-Coder-Next)")
-    for key, only in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("attention_dropout", 0),
-        ("use_sliding_window", False),
-    ):
-        if values.get(key, only) not in (only, None):
-            raise ConfigError(f"{key} is {values[key]!r}; only {only!r} is supported")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"rope type is {kind!r}; only 'default' is supported (YaRN and others change the positions)")
-    unknown = set(values.get("layer_types") or ()) - {"linear_attention", "full_attention"}
-    if unknown:
-        raise ConfigError(f"layer_types holds {sorted(unknown)}; known: linear_attention, full_attention")
