@@ -76,6 +76,7 @@ main() {
     *) fail "'$1' is neither a command (setup, test) nor a recipe (a .yaml file); ./launch.sh --help lists what is" ;;
   esac
   read_options "$@"
+  [[ -n $HOSTFILE ]] || require_slurm_numbers
   if [[ -n $HOSTFILE && -z $NODE_RANK ]]; then
     set_up run
     lead_hosts "$recipe"
@@ -115,9 +116,26 @@ read_options() { # what follows the recipe
     esac
     shift 2
   done
-  [[ -z $NODE_RANK || $NODE_RANK =~ ^[0-9]+$ ]] || fail "--node-rank wants a number from 0, but got '$NODE_RANK'"
+  [[ -z $NODE_RANK ]] || require_number --node-rank "$NODE_RANK"
+  [[ -z $MASTER_PORT_GIVEN ]] || require_number --master-port "$MASTER_PORT_GIVEN"
   [[ -n $HOSTFILE || -z $NODE_RANK$MASTER_ADDR_GIVEN$MASTER_PORT_GIVEN ]] \
     || fail "--node-rank, --master-addr and --master-port go with --hostfile FILE"
+}
+
+# Bash executes a command inside a value that it compares as a number, so no value of the environment or the command line
+# is compared before this.
+require_number() { # the name of a value, the value
+  [[ $2 =~ ^(0|[123456789][0123456789]{0,8})$ ]] || fail "$1 is ${2@Q}; it must be a whole number such as 0 or 16"
+}
+
+require_slurm_numbers() { # those variables of SLURM that this script reads as numbers
+  local name
+  [[ -n ${SLURM_PROCID:-} ]] || return 0
+  require_number SLURM_STEP_NUM_TASKS "${SLURM_STEP_NUM_TASKS:-1}"
+  is_slurm_task || return 0
+  for name in SLURM_PROCID SLURM_STEP_NUM_NODES; do require_number "$name" "${!name:-}"; done
+  require_number SLURM_LOCALID "${SLURM_LOCALID:-0}"
+  require_number SLURM_CPUS_PER_TASK "${SLURM_CPUS_PER_TASK:-1}"
 }
 
 is_slurm_task() { # srun started this as one of several tasks; a batch script, or srun --pty bash, is none
@@ -126,9 +144,9 @@ is_slurm_task() { # srun started this as one of several tasks; a batch script, o
 
 leads() { # whether this process speaks for the job: the only one, that of the first host, or SLURM's first task
   if [[ -n $HOSTFILE ]]; then
-    [[ $NODE_RANK -eq 0 ]]
+    [[ $NODE_RANK == 0 ]]
   elif is_slurm_task; then
-    [[ $SLURM_PROCID -eq 0 ]]
+    [[ $SLURM_PROCID == 0 ]]
   fi
 }
 
@@ -265,11 +283,13 @@ run_job() { # the recipe
   if [[ -n $HOSTFILE ]]; then
     first=$(finetune hosts "$HOSTFILE" --node-rank "$NODE_RANK")
     read -r ranks nodes here first <<<"$first"
+    require_number "the number of ranks on this host" "$here"
     shape=(--ranks "$ranks" --nodes "$nodes")
   elif is_slurm_task; then
     shape=(--ranks "$SLURM_STEP_NUM_TASKS" --nodes "$SLURM_STEP_NUM_NODES")
   else
     ranks=$(finetune ranks "${job[@]}")
+    require_number "the number of ranks that the recipe gives" "$ranks"
   fi
   run=$(finetune finished "${job[@]}" 2>/dev/null) || code=$?
   if [[ $code -eq 0 ]]; then
@@ -311,7 +331,7 @@ plan_job() { # the job: every host for itself, since none may wait for one on wh
   else
     out=$(finetune plan "$@" 2>&1) || code=$?
     if [[ $code -ne 0 ]]; then
-      if [[ ${SLURM_LOCALID:-0} -eq 0 ]]; then
+      if [[ -n $HOSTFILE || ${SLURM_LOCALID:-0} == 0 ]]; then
         complain "on $(uname -n): $(grep -E 'NOT fit|^nextune' <<<"$out" || printf '%s' "$out")"
       fi
       exit "$code"
@@ -335,6 +355,7 @@ train() { # number of ranks here, then the job; for several hosts also --, and w
     shift
   done
   cores=$(nproc)
+  require_number "the number of cores" "$cores"
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
   if [[ $# -gt 0 ]]; then
     where=("${@:2}")

@@ -1,6 +1,7 @@
 """Hostfiles and SLURM variables as text, and one command on several hosts with an `ssh` that only starts it here."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def test_a_slurm_task_knows_its_place() -> None:
     [
         {},
         {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"},  # a batch script
+        {"SLURM_STEP_NUM_TASKS": "x"},  # no task
         {**TASK, "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty bash
         {**TASK, "RANK": "3"},  # a launcher inside a step
     ],
@@ -59,13 +61,19 @@ def test_what_is_no_task_is_left_alone(environment: dict[str, str]) -> None:
     [
         ({"SLURM_STEP_NODELIST": None}, "the variable SLURM_STEP_NODELIST is not set; start it by srun"),
         ({"SLURM_STEP_TASKS_PER_NODE": "8x2"}, "do not say where it is; set RANK, LOCAL_RANK"),
+        ({"SLURM_STEP_NUM_TASKS": "a[$(id)]"}, "SLURM_STEP_NUM_TASKS is 'a[$(id)]'; it must be a whole number"),
+        ({"SLURM_PROCID": "x"}, "SLURM_PROCID is 'x'; it must be a whole number"),
+        ({"SLURM_LOCALID": "-1"}, "SLURM_LOCALID is '-1'; it must be a whole number"),
+        ({"RANK": "first"}, "RANK is 'first'; it must be a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "1.5"}, "WORLD_SIZE is '1.5'; it must be a whole number"),
+        ({"MASTER_PORT": "a"}, "MASTER_PORT is 'a'; it must be a whole number"),
         ({"SLURM_NODEID": "3"}, "do not say where it is"),
         ({"SLURM_STEP_NODELIST": "[1-2]"}, "do not say where it is"),
     ],
 )
 def test_variables_that_say_nothing_are_told(change: dict[str, str | None], sentence: str) -> None:
     environment = {name: value for name, value in (TASK | change).items() if value is not None}
-    with pytest.raises(SlurmError, match=sentence):
+    with pytest.raises(SlurmError, match=re.escape(sentence)):
         task_environment(environment)
 
 

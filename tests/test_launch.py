@@ -154,7 +154,12 @@ def test_script_has_no_syntax_error_and_says_how_it_is_used(checkout: Checkout) 
         (["recipes/tiny.yaml", "--hostfile"], "--hostfile wants a value"),
         (["recipes/tiny.yaml", "--hostfile", "/no/such/hosts"], "no hostfile /no/such/hosts"),
         (["--node-rank", "1"], "--node-rank, --master-addr and --master-port go with --hostfile"),
-        (["--hostfile", "launch.sh", "--node-rank", "first"], "--node-rank wants a number from 0"),
+        (["--hostfile", "launch.sh", "--node-rank", "first"], "--node-rank is 'first'; it must be a whole number"),
+        (["--hostfile", "launch.sh", "--node-rank", "08"], "--node-rank is '08'; it must be a whole number"),
+        (
+            ["--hostfile", "launch.sh", "--master-port", "a[$(touch HIT)]"],
+            "--master-port is 'a[$(touch HIT)]'; it must",
+        ),
     ],
 )
 def test_a_wrong_command_is_refused_before_anything_is_set_up(
@@ -428,6 +433,47 @@ def test_a_step_of_one_task_is_a_machine_like_any_other(checkout: Checkout, host
     one = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
     assert checkout.launch("recipes/other.yaml", **one).returncode == 0
     assert any(call.startswith("deepspeed -q --num_gpus 2") for call in checkout.calls())
+
+
+NUMBERS = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_CPUS_PER_TASK")
+COMMAND = "a[$(touch HIT)]"
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_command_in_a_variable_of_slurm_is_refused_and_not_executed(
+    checkout: Checkout, hostfile: str, name: str
+) -> None:
+    done = checkout.launch("recipes/other.yaml", **({**SLURM, "SLURM_PROCID": "3"} | {name: COMMAND}))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"launch.sh: {name} is '{COMMAND}'; it must be a whole number such as 0 or 16\n"
+    assert checkout.calls() == []
+    assert not (checkout.elsewhere / "HIT").exists()
+
+
+@pytest.mark.parametrize("value", ["08", "-1", "1.5", "1" * 30, "0x10", "1\n2"])
+def test_a_number_of_slurm_that_bash_would_read_otherwise_is_refused(
+    checkout: Checkout, hostfile: str, value: str
+) -> None:
+    done = checkout.launch("recipes/other.yaml", **SLURM | {"SLURM_STEP_NUM_TASKS": value}, SLURM_PROCID="3")
+    assert (done.returncode, done.stderr.count("\n"), checkout.calls()) == (1, 1, [])
+    assert "launch.sh: SLURM_STEP_NUM_TASKS is " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        dict.fromkeys(NUMBERS[1:], COMMAND),  # SLURM_PROCID is not set: no task of SLURM
+        dict.fromkeys((NUMBERS[1], *NUMBERS[3:]), COMMAND) | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        dict.fromkeys(("SECONDS", "GPU", "GROUP", "ASKED_AT", "STOPPED", "SAVE_SECONDS", "code", "ranks"), COMMAND),
+    ],
+)
+def test_a_variable_that_is_not_used_is_neither_refused_nor_executed(
+    checkout: Checkout, hostfile: str, environment: dict[str, str]
+) -> None:
+    done = checkout.launch("recipes/other.yaml", **environment)
+    assert done.returncode == 0, done.stderr
+    assert any(call.startswith("deepspeed -q --num_gpus 2") for call in checkout.calls())
+    assert not (checkout.elsewhere / "HIT").exists()
 
 
 def test_a_host_that_it_does_not_fit_on_ends_at_once_and_says_so(checkout: Checkout, hostfile: str) -> None:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 
 PORTS = range(20_000, 30_000)  # below those that Linux gives to outgoing connections
+# What a launcher sets, and what this package reads as whole numbers.
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
 
 
 class SlurmError(ValueError):
@@ -15,7 +17,14 @@ def is_task(environment: Mapping[str, str]) -> bool:
 
     A batch script is no task, and a step of one task (`srun --pty bash`) is a shell on one machine.
     """
-    return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment
+    return "SLURM_PROCID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", "1") > 1
+
+
+def _number(environment: Mapping[str, str], name: str, default: str) -> int:
+    text = environment.get(name, default)
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise SlurmError(f"{name} is {text!r}; it must be a whole number such as 0 or 16; correct it or unset it")
+    return int(text)
 
 
 def task_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -25,10 +34,14 @@ def task_environment(environment: Mapping[str, str]) -> dict[str, str]:
     and a port that differs from job to job. `MASTER_ADDR` and `MASTER_PORT` go before both.
 
     Raises:
-        SlurmError: a variable of the step is missing or unreadable.
+        SlurmError: a variable of the step is missing or unreadable, or one of a launcher is no number.
     """
+    for name in (*NUMBERS, *(["MASTER_PORT"] if environment.get("MASTER_PORT") else [])):
+        _number(environment, name, "0")
     if "RANK" in environment or not is_task(environment):
         return {}
+    for name in ("SLURM_PROCID", "SLURM_LOCALID"):
+        _number(environment, name, "0")
     try:
         node = int(environment["SLURM_NODEID"])
         tasks = tasks_by_node(environment["SLURM_STEP_TASKS_PER_NODE"])
