@@ -18,6 +18,7 @@ from data.show import describe
 from data.sources import DataError, Source
 from data.tokenizer import Tokenizer, load_tokenizer
 from finetune import engine as engines
+from finetune.adapter_targets import all_linear_sentence
 from finetune.balance import prove_reach, reads_logits
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.weights import load_weights
@@ -46,6 +47,7 @@ class Assembly:
     engine: ExpertEngine
     model: HybridMoEForCausalLM
     loader: Loader
+    train_packs: int  # sequences of the training data
     evaluation: list[Batch]
     probe: Batch  # this rank's part of the tokens on which routing is compared with the base
     adapted: list[str]  # modules with adapters; empty in full-parameter training
@@ -69,6 +71,8 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
     if held_out is not None:
         say(f"held-out data: {describe(held_out)}")
     model = _model(recipe, config, folder, world, say)
+    if recipe.lora is not None and "all-linear" in recipe.lora.targets:
+        say(all_linear_sentence(config, recipe.lora))
     adapted = _choose_what_trains(model, recipe, world, say)
     packs, seed = recipe.packs_per_micro_batch, recipe.train.seed
     probe_packs = min(len(train), -(-recipe.monitor.probe_tokens // recipe.train.sequence_tokens))
@@ -93,6 +97,7 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
         engine=engines.start(model, recipe, world, accumulation=accumulation),
         model=model,
         loader=loader,
+        train_packs=len(train),
         evaluation=[]
         if held_out is None
         else evaluation_batches(held_out, packs_per_micro_batch=packs, rank=world.rank, ranks=world.size),
@@ -123,6 +128,7 @@ def _choose_what_trains(model: HybridMoEForCausalLM, recipe: Recipe, world: Worl
                 dropout=lora.dropout,
                 targets=lora.targets,
                 seed=recipe.train.seed,
+                rslora=lora.use_rslora,
             )
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):

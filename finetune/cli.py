@@ -18,7 +18,15 @@ from finetune.gpus import gpus
 from finetune.hosts import describe, read_hostfile, run_on_hosts
 from finetune.parallel.slurm import task_environment
 from finetune.recipe import Recipe, load_recipe, resolve
-from finetune.run_folder import check_folder, finished_step, folder_of, recipe_of, run_of_step, stopped_step
+from finetune.run_folder import (
+    check_folder,
+    finished_step,
+    folder_of,
+    is_complete,
+    recipe_of,
+    run_of_step,
+    stopped_step,
+)
 
 STOPPED = 3  # exit code of `finished` for a run that saved and stopped because it was asked to; launch.sh knows it
 
@@ -94,15 +102,15 @@ def finished(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     folder = folder_of(recipe)
     check_folder(folder, recipe)
-    step = finished_step(folder)
-    if step is None or step < recipe.train.steps:
-        stopped = stopped_step(folder)
+    if not is_complete(folder, recipe):
+        step, stopped = finished_step(folder), stopped_step(folder)
+        end = f"{recipe.train.epochs:g} epochs" if recipe.train.epochs else f"{recipe.train.steps}"
         if stopped is not None:
-            print(f"{folder}: stopped after step {stopped} of {recipe.train.steps}, resumable", file=sys.stderr)
+            print(f"{folder}: stopped after step {stopped} of {end}, resumable", file=sys.stderr)
             print(folder)
             return STOPPED
         done = f"stands at step {step}" if step is not None else "has not finished"
-        print(f"{folder}: {done} of {recipe.train.steps}", file=sys.stderr)
+        print(f"{folder}: {done} of {end}", file=sys.stderr)
         return 1
     print(folder)
     return 0

@@ -20,7 +20,7 @@ from finetune.parallel import world as worlds
 from finetune.ranks import fit_to_ranks
 from finetune.recipe import Recipe, RecipeError
 from finetune.recipe_notes import notes
-from finetune.run_folder import check_folder, finished_step, folder_of, hold
+from finetune.run_folder import check_folder, folder_of, hold, is_complete
 from finetune.trainer import Run, TrainingError
 from finetune.watch import STALL_SECONDS, Watch
 
@@ -44,7 +44,7 @@ def train_here(recipe: Recipe) -> int:
     folder = folder_of(recipe)
     with told_by_every_host():
         check_folder(folder, recipe)
-        if (finished_step(folder) or 0) >= recipe.train.steps:
+        if is_complete(folder, recipe):
             say(f"{folder}: this run is complete; `python -m finetune summary {folder}` shows it")
             return 0
         base = resolve_model(recipe.model.path)

@@ -22,6 +22,7 @@ from finetune.model.model import HybridMoEForCausalLM
 from finetune.model.moe import Experts
 
 ADAPTER = "default"
+ALL_LINEAR = "all-linear"
 SHARED_EXPERT = ("gate_proj", "up_proj", "down_proj")
 EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 
@@ -43,9 +44,9 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
 def target_modules(model: HybridMoEForCausalLM, targets: Sequence[str]) -> list[str]:
     """Full names of the modules that `targets` mean in this model, in order.
 
-    A target is the last part of a module's name (`q_proj`; `experts`, the routed experts of a layer), or
-    `shared_expert` for its three projections. Layers that have no such module simply have none; a target that no layer
-    has is an error.
+    A target is the last part of a module's name (`q_proj`; `experts`, the routed experts of a layer), `shared_expert`
+    for its three projections, or `all-linear` for all of these but the routed experts. Layers that have no such module
+    simply have none; a target that no layer has is an error.
 
     Raises:
         AdapterError: a target that no layer of this model has.
@@ -57,9 +58,10 @@ def target_modules(model: HybridMoEForCausalLM, targets: Sequence[str]) -> list[
         target = "shared_expert" if parent.endswith(".shared_expert") and last in SHARED_EXPERT else last
         in_mixer = parent.endswith((".self_attn", ".linear_attn"))
         is_linear = isinstance(module, nn.Linear) and (in_mixer or target == "shared_expert")
-        if target in targets and (is_linear or isinstance(module, Experts)):
+        asked = target in targets or (is_linear and ALL_LINEAR in targets)
+        if asked and (is_linear or isinstance(module, Experts)):
             names.append(name)
-            found.add(target)
+            found |= {target, ALL_LINEAR} if is_linear else {target}
     missing = [target for target in targets if target not in found]
     if missing:
         raise AdapterError(f"lora.targets: no layer of this model has {', '.join(missing)}; leave it out")
@@ -67,12 +69,22 @@ def target_modules(model: HybridMoEForCausalLM, targets: Sequence[str]) -> list[
 
 
 def inject(
-    model: HybridMoEForCausalLM, *, rank: int, alpha: float, dropout: float, targets: Sequence[str], seed: int
+    model: HybridMoEForCausalLM,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str],
+    seed: int,
+    rslora: bool = False,
 ) -> list[str]:
     """Adapt the targets and freeze everything else; return the names of the adapted modules.
 
     Factor A is drawn with a seed of its own (each expert's with its own, whichever rank holds it), factor B is zero, so
     the adapted model starts as the base model. Dropout leaves the linear layers to peft's own forward, which is slower.
+
+    Args:
+        rslora: scale by alpha / sqrt(rank) in place of alpha / rank.
     """
     names = target_modules(model, targets)
     experts = [name for name in names if isinstance(model.get_submodule(name), Experts)]
@@ -80,7 +92,9 @@ def inject(
     assert not (experts and dropout), "a recipe with dropout on the routed experts is refused"
     model.requires_grad_(False)
     if linear:
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear, bias="none")
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear, bias="none", use_rslora=rslora
+        )
         if not dropout:
             config._register_custom_module({nn.Linear: AdaptedLinear})  # peft's documented way, underscore and all
         with torch.random.fork_rng(devices=[]):
@@ -89,7 +103,7 @@ def inject(
     for name in experts:
         module = model.get_submodule(name)
         assert isinstance(module, Experts)
-        module.adapt(rank, alpha / rank)
+        module.adapt(rank, alpha / (math.sqrt(rank) if rslora else rank))
         for matrix, factor in module.lora_A.items():
             for place, expert in enumerate(model.local_experts):
                 _draw(factor.data[place], f"{seed}:{name}.{matrix}[{expert}]")

@@ -48,17 +48,35 @@ def adamw(groups: list[dict[str, object]], optim: Optim, *, fused: bool) -> torc
     )
 
 
-def learning_rate(step: int, *, steps: int, optim: Optim) -> float:
-    """Learning rate of optimizer step `step`, counted from 1.
+def warmup_of(optim: Optim, steps: int) -> int:
+    """Steps of the warm-up in a run of `steps` steps; a longer one ends with the run."""
+    asked = math.ceil(optim.warmup_ratio * steps) if optim.warmup_ratio else optim.warmup_steps
+    return min(asked, steps)
 
-    Rises linearly to `lr` over the warm-up, which is cut to the run, then stays there or falls along half a cosine to
-    final_lr_fraction x lr, which the last step reaches.
+
+def learning_rate(step: int, *, steps: int, optim: Optim) -> float:
+    """Learning rate of optimizer step `step`, counted from 1, in a run of `steps` steps.
+
+    With W steps of warm-up and the lowest rate f = final_lr_fraction, as fractions of the peak:
+
+        step <= W               step / W
+        constant                1
+        linear                  f + (1 - f) (1 - p)                   p = (step - W) / (steps - W)
+        cosine                  f + (1 - f) (1 + cos(pi p)) / 2       p as for linear
+        wsd                     f + (1 - f) (1 - p)                   p = max(0, step - (steps - D)) / D
+
+    where wsd falls over the last D = decay_ratio x steps steps, rounded up, after the warm-up. Transformers' schedules
+    of these names give the same values (its linear with f = 0, its warmup_stable_decay with decay_type linear).
     """
-    warmup = min(optim.warmup_steps, steps)
+    warmup = warmup_of(optim, steps)
     if step <= warmup:
         return optim.lr * step / warmup
-    if optim.schedule == "constant":
+    if optim.schedule.startswith("constant"):
         return optim.lr
-    done = (step - warmup) / max(1, steps - warmup)
+    falling = steps - warmup
+    if optim.schedule == "wsd":
+        falling = min(falling, math.ceil(optim.decay_ratio * steps))
+    done = max(0, step - (steps - falling)) / falling
+    left = 0.5 * (1 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1 - done
     lowest = optim.lr * optim.final_lr_fraction
-    return lowest + (optim.lr - lowest) * 0.5 * (1 + math.cos(math.pi * done))
+    return lowest + (optim.lr - lowest) * left

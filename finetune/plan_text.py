@@ -1,5 +1,6 @@
 """A plan in words and numbers, for a terminal."""
 
+from finetune.adapter_targets import all_linear_sentence
 from finetune.exchange_plan import Exchange
 from finetune.planner import FREE_FRACTION, GIB, SHARE_FUSED, SHARE_PLAIN, Plan
 from finetune.recompute import described
@@ -11,7 +12,7 @@ def render(plan: Plan, source: str = "") -> str:
     Args:
         source: where the sizes come from, the sentence of `planner.model_config`.
     """
-    recipe, machine = plan.recipe, plan.machine
+    recipe, machine, lora = plan.recipe, plan.machine, plan.recipe.lora
     total = sum(plan.config.parameter_counts().values())
     lines = [
         f"{recipe.name}: {recipe.model.path} on {machine.ranks} rank{'s' if machine.ranks > 1 else ''}"
@@ -21,6 +22,7 @@ def render(plan: Plan, source: str = "") -> str:
             recipe.parallel.offload
         ],
         *([source] if source else []),
+        *([all_linear_sentence(plan.config, lora)] if lora and "all-linear" in lora.targets else []),
         f"{total:,} parameters, of which {plan.trained:,} train ({plan.trained / total:.3%})",
         "",
         "Memory of each rank, GiB",
@@ -74,13 +76,15 @@ def _work(plan: Plan) -> list[str]:
         f"  a step: {train.global_batch_tokens:,} tokens = {ranks} rank{'s' if ranks > 1 else ''} x {plan.accumulation}"
         f" micro-batch{'es' if plan.accumulation > 1 else ''} x {packs} sequence{'s' if packs > 1 else ''} of"
         f" {train.sequence_tokens:,}",
-        f"  the run: {train.steps:,} steps, {tokens:,} tokens",
+        f"  the run: {train.steps:,} steps, {tokens:,} tokens" if tokens else f"  the run: {train.epochs:g} epochs",
         f"  a token: {_operations(plan.operations)} operations"
         + (f", and {_operations(plan.recomputed)} computed again" if plan.recomputed else ""),
         f"  computed again in the backward pass: {described(plan.config, plan.recompute)}",
-        f"  the run: {_operations(tokens * (plan.operations + plan.recomputed))} operations",
+        *([f"  the run: {_operations(tokens * (plan.operations + plan.recomputed))} operations"] if tokens else []),
         *(_exchange(plan.exchange) if plan.exchange is not None else []),
     ]
+    if not tokens:
+        return [*lines, "  time: not known before the number of steps is"]
     speed = plan.tokens_per_second
     if speed is None:
         return [*lines, "  time: no estimate; nothing of this kind was measured on this kind of machine"]

@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from finetune import recompute, state_bytes, working_bytes
 from finetune.activations import FLOAT32, gathers
+from finetune.adapter_targets import adapter_parameters
 from finetune.arithmetic import attention_operations, recompute_operations, step_operations
 from finetune.exchange_plan import NVLINK_GBIT, UNKNOWN, Exchange, Links, exchange
 from finetune.model.config import ALL, ModelConfig, Recompute
@@ -263,25 +264,6 @@ def plan(config: ModelConfig, recipe: Recipe, machine: Machine) -> Plan:
     return replace(made, suggestion=_suggestion(made)) if made.fits is False else made
 
 
-def adapter_parameters(config: ModelConfig, recipe: Recipe) -> tuple[int, int]:
-    """Parameters of the adapters on linear layers, and of those on all routed experts.
-
-    An adapter has rank x (inputs + outputs) of them; every expert has one for each of its two matrices.
-
-    Raises:
-        RecipeError: a target that no layer of this model has.
-    """
-    if recipe.lora is None:
-        return 0, 0
-    sizes = _target_sizes(config)
-    absent = [target for target in recipe.lora.targets if not sizes[target]]
-    if absent:
-        raise RecipeError(f"{recipe.name}: lora.targets: no layer of this model has {', '.join(absent)}; leave it out")
-    everything = recipe.lora.rank * sum(sizes[target] for target in recipe.lora.targets)
-    on_experts = recipe.lora.rank * sizes["experts"] if "experts" in recipe.lora.targets else 0
-    return everything - on_experts, on_experts
-
-
 def _plan(config: ModelConfig, recipe: Recipe, machine: Machine) -> Plan:
     recipe.check_ranks(machine.ranks, config.num_experts)
     dense_adapters, expert_adapters = adapter_parameters(config, recipe)
@@ -327,25 +309,6 @@ def weight_bytes(recipe: Recipe, machine: Machine) -> int:
     """Bytes of one weight: of the recipe's number format, or of what suits the machine."""
     auto = "float32" if machine.device_bytes is None else "bfloat16"
     return {"float32": 4, "bfloat16": 2}[auto if recipe.model.dtype == "auto" else recipe.model.dtype]
-
-
-def _target_sizes(config: ModelConfig) -> dict[str, int]:
-    """Inputs plus outputs of every adapter target, over all layers that have it."""
-    hidden, moe = config.hidden_size, len(config.moe_layers)
-    linear = config.layer_types.count("linear_attention")
-    full = config.num_hidden_layers - linear
-    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return {
-        "q_proj": full * (hidden + 2 * heads),
-        "k_proj": full * (hidden + kv),
-        "v_proj": full * (hidden + kv),
-        "o_proj": full * (heads + hidden),
-        "in_proj_qkvz": linear * (hidden + 2 * config.key_dim + 2 * config.value_dim),
-        "in_proj_ba": linear * (hidden + 2 * config.linear_num_value_heads),
-        "out_proj": linear * (config.value_dim + hidden),
-        "shared_expert": moe * 3 * (hidden + config.shared_expert_intermediate_size),
-        "experts": moe * config.num_experts * (2 * hidden + 3 * config.moe_intermediate_size),
-    }
 
 
 def _suggestion(made: Plan) -> str:

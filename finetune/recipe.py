@@ -48,7 +48,7 @@ class Recipe(Section):
     """The model that is trained."""
     data: Data
     """What is trained on, and what is only measured."""
-    train: Train
+    train: Train = Train()
     """How much is trained, and in what portions."""
     optim: Optim = Optim()
     """AdamW and its schedule."""
@@ -168,7 +168,7 @@ def _validate(tree: Node, mistakes: list[Mistake]) -> Recipe:
     """The recipe in the tree; what is wrong joins the mistakes and is left out, so that the rest can be checked."""
     plain = tree.plain()
     assert isinstance(plain, dict)
-    for required in ("model", "data", "train"):
+    for required in ("model", "data"):
         plain.setdefault(required, {})
     try:
         return Recipe.model_validate(plain)
@@ -237,5 +237,4 @@ def is_hub_id(path: str, root: Path = CHECKOUT) -> bool:
 _STAND_INS: tuple[tuple[str, str, Plain], ...] = (
     ("model", "path", "-"),
     ("data", "train", ({"path": "-"},)),
-    ("train", "steps", 1),
 )

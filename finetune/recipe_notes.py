@@ -33,7 +33,7 @@ def no_effect(key: str, unless: Callable[[Recipe], bool], why: Callable[[Recipe]
 
 def _warmup(recipe: Recipe) -> str | None:
     warmup, steps = recipe.optim.warmup_steps, recipe.train.steps
-    if warmup <= steps:
+    if warmup <= steps or not steps:  # without steps, the data says how many there are
         return None
     return f"optim.warmup_steps: the warm-up of {warmup} steps is cut to the {steps} of the run"
 
@@ -45,8 +45,11 @@ def _only_text(recipe: Recipe) -> bool:
 NOTES: tuple[Note, ...] = (
     _warmup,
     no_effect(
-        "optim.final_lr_fraction", lambda r: r.optim.schedule == "cosine", lambda r: f"on a {r.optim.schedule} schedule"
+        "optim.final_lr_fraction",
+        lambda r: not r.optim.schedule.startswith("constant"),
+        lambda r: "on a constant schedule",
     ),
+    no_effect("optim.decay_ratio", lambda r: r.optim.schedule == "wsd", lambda r: "unless optim.schedule is wsd"),
     no_effect(
         "parallel.offload_path",
         lambda r: r.parallel.offload == "nvme",

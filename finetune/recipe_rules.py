@@ -61,6 +61,20 @@ def _recompute_problem(recipe: "Recipe") -> str | None:
     return f"{twice[0]} is there twice" if twice else None
 
 
+def _length_problem(recipe: "Recipe") -> str | None:
+    steps, epochs = recipe.train.steps, recipe.train.epochs
+    if steps and epochs:
+        return f"{steps} and train.epochs {epochs:g} both say how long the run is; keep one, and set the other to 0"
+    return None if steps or epochs else "missing; give it, or train.epochs: 1 to train once on all of the data"
+
+
+def _warmup_twice_problem(recipe: "Recipe") -> str | None:
+    steps, ratio = recipe.optim.warmup_steps, recipe.optim.warmup_ratio
+    if not steps or not ratio:
+        return None
+    return f"{ratio:g} and optim.warmup_steps {steps} both say how long it is; keep one, and set the other to 0"
+
+
 def _targets_problem(recipe: "Recipe") -> str | None:
     targets = recipe.lora.targets if recipe.lora else ()
     twice = sorted({target for target in targets if targets.count(target) > 1})
@@ -103,6 +117,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
     (("train.recompute",), _recompute_problem),
     (("parallel.offload", "parallel.zero_stage"), _offload_problem),
     (("parallel.offload_path", "parallel.offload"), _offload_path_problem),
+    (("train.steps", "train.epochs"), _length_problem),
+    (("optim.warmup_ratio", "optim.warmup_steps"), _warmup_twice_problem),
     (("lora.targets",), _targets_problem),
     (("lora.dropout", "lora.targets"), _dropout_problem),
     (("model.init", "lora", "router.train"), _init_problem),

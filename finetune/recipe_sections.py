@@ -9,17 +9,24 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 MixerTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]
 Target = Literal[MixerTarget, "shared_expert", "experts"]
+TargetWord = Literal[Target, "all-linear"]
 MIXER_TARGETS: tuple[MixerTarget, ...] = get_args(MixerTarget)
 
 RecomputeWord = Literal["auto", "full", "none", "deltanet", "attention", "experts"]
-_WORD: dict[str, Any] = {"enum": list(get_args(RecomputeWord)), "type": "string"}
-# A list of words, which may be written as its only one.
-Recomputed = Annotated[
-    tuple[RecomputeWord, ...],
-    Field(min_length=1),
-    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
-    WithJsonSchema({"anyOf": [{"items": _WORD, "minItems": 1, "type": "array"}, _WORD]}),
-]
+
+
+def _words(choices: tuple[str, ...]) -> tuple[Any, ...]:
+    """The annotations of a list of words, which may be written as its only one."""
+    word: dict[str, Any] = {"enum": list(choices), "type": "string"}
+    return (
+        Field(min_length=1),
+        BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+        WithJsonSchema({"anyOf": [{"items": word, "minItems": 1, "type": "array"}, word]}),
+    )
+
+
+Recomputed = Annotated[tuple[RecomputeWord, ...], *_words(get_args(RecomputeWord))]
+Targets = Annotated[tuple[TargetWord, ...], *_words(get_args(TargetWord))]
 
 Tokens = Annotated[int, Field(gt=0, json_schema_extra={"unit": "tokens"})]
 Steps = Annotated[int, Field(gt=0, json_schema_extra={"unit": "steps"})]
@@ -76,8 +83,11 @@ class Data(Section):
 class Train(Section):
     """How much is trained, and in what portions."""
 
-    steps: Steps
-    """Optimizer steps of the whole run."""
+    steps: StepsOrNever = 0
+    """Optimizer steps of the whole run; 0 where train.epochs says how many."""
+    epochs: Annotated[float, Field(ge=0, allow_inf_nan=False, json_schema_extra={"unit": "epochs"})] = 0.0
+    """Passes over the training data, in place of train.steps; 0.5 is half of it. The steps are as many as it takes for
+    every sequence to be seen that often, rounded up."""
     sequence_tokens: Tokens = 4096
     """Length of a training sequence; no document reaches further."""
     micro_batch_tokens: Tokens = 4096
@@ -105,11 +115,17 @@ class Optim(Section):
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """Learning rate at its peak."""
     warmup_steps: StepsOrNever = 0
-    """Steps over which the learning rate rises to its peak."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """How the learning rate goes on from its peak."""
+    """Steps over which the learning rate rises to its peak, in a straight line from 0."""
+    warmup_ratio: Fraction = 0.0
+    """The same as a fraction of the run's steps, rounded up; in place of optim.warmup_steps."""
+    schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "wsd"] = "cosine"
+    """How the learning rate goes on from its peak: stays there (constant, which other tools call constant_with_warmup),
+    falls to final_lr_fraction in a straight line (linear) or along half a cosine (cosine), or stays and falls in a
+    straight line at the end (wsd: warm-up, stable, decay)."""
+    decay_ratio: Annotated[float, Field(gt=0, le=1, json_schema_extra={"unit": "fraction"})] = 0.1
+    """Fraction of the run's steps, at its end and rounded up, in which schedule wsd lets the learning rate fall."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1, json_schema_extra={"unit": "fraction"})] = 0.1
-    """Learning rate after the last step, as a fraction of its peak; only for cosine."""
+    """Learning rate after the last step, as a fraction of its peak; not for a constant schedule."""
     weight_decay: Coefficient = 0.0
     """Decoupled decay of matrices towards zero; norms, biases and decay rates have none."""
     beta1: Fraction = 0.9
@@ -129,11 +145,14 @@ class Lora(Section):
     """Inner size of every adapter."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     """Scale: an adapter adds alpha / rank times the product of its factors."""
+    use_rslora: bool = False
+    """Rank-stabilised scale: alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)."""
     dropout: Fraction = 0.0
     """Share of an adapter's inputs that is dropped in training; not for the routed experts."""
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = MIXER_TARGETS
+    targets: Targets = MIXER_TARGETS
     """Which layers: of attention (q_proj k_proj v_proj o_proj), of DeltaNet (in_proj_qkvz in_proj_ba out_proj), the
-    shared expert (shared_expert), every routed expert (experts)."""
+    shared expert (shared_expert), every routed expert (experts). all-linear is all of these that the model has but the
+    routed experts, which are written beside it where they are meant: [all-linear, experts]."""
 
 
 class Balance(Section):

@@ -36,7 +36,12 @@ def export_run(run: Path, to: Path, *, kind: str, which: str = "newest") -> int:
             f"{checkpoint}: was trained on other base weights than {base} holds now; put those back to export it"
         )
     lora = recipe.lora
-    adapter, replaced = split_trained(tensors, alpha=lora.alpha if lora else 0.0, dropout=lora.dropout if lora else 0.0)
+    adapter, replaced = split_trained(
+        tensors,
+        alpha=lora.alpha if lora else 0.0,
+        dropout=lora.dropout if lora else 0.0,
+        rslora=lora is not None and lora.use_rslora,
+    )
     print(f"exporting {checkpoint} on {base} as {kind} to {to}", flush=True)
     if kind == "adapter":
         written = export_adapter(base, to, adapter=adapter, replaced=replaced, base_name=recipe.model.path)

@@ -14,8 +14,17 @@ from monitoring.files import replace_file
 # What may change between two starts of one run: how long, how often it reports and saves, how it is laid out; and the
 # step sizes and router losses that a finding may advise to change. The rest would make it another run.
 FREE = (
-    *("train.steps", "train.log_every_steps", "train.eval_every_steps", "train.recompute", "train.micro_batch_tokens"),
-    *("train.on_nan", "checkpoint.", "monitor.", "parallel.", "kernels.", "data.cache", "output."),
+    *("train.steps", "train.epochs", "train.log_every_steps", "train.eval_every_steps", "train.recompute"),
+    *(
+        "train.micro_batch_tokens",
+        "train.on_nan",
+        "checkpoint.",
+        "monitor.",
+        "parallel.",
+        "kernels.",
+        "data.cache",
+        "output.",
+    ),
     *("optim.lr", "optim.clip_norm", "router.balance.", "router.z_coefficient"),
 )
 
@@ -105,6 +114,17 @@ def finished_step(folder: Path) -> int | None:
     """The last step of a run that ended well, or None. An exit code alone proves nothing under a launcher."""
     marker = folder / "finished.json"
     return int(json.loads(marker.read_text(encoding="utf-8"))["step"]) if marker.exists() else None
+
+
+def is_complete(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run in this folder ended well, and as late as this recipe says."""
+    step = finished_step(folder)
+    if step is None:
+        return False
+    if recipe.train.epochs:
+        epochs = json.loads((folder / "finished.json").read_text(encoding="utf-8")).get("epochs", 0)
+        return bool(epochs >= recipe.train.epochs)
+    return step >= recipe.train.steps
 
 
 def mark_finished(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from finetune.broken_step import MOST_IN_A_ROW, LeftOut, keep_batch, losses_of_p
 from finetune.checkpoint.fingerprint import fingerprint
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_name
+from finetune.epochs import with_steps
 from finetune.evaluation import held_out, to_device
 from finetune.journal import Journal
 from finetune.optim import learning_rate
@@ -43,12 +44,15 @@ class Run:
         self.recipe, self.folder, self.world = recipe, folder, world
         self.base, self.base_folder, self.watch = fingerprint(base), base, watch
         parts = assemble(recipe, base, world, say)
+        self.recipe, sentences = with_steps(recipe, parts.train_packs)
+        for sentence in sentences:
+            say(sentence)
         set_timeouts()  # of the groups that the engine made
         with world.together(RecipeError):  # only now: a mistake found before leaves no folder behind
             self.claimed = claim(folder, recipe) if world.is_main else None
         self.engine, self.model, self.loader = parts.engine, parts.model, parts.loader
         self.evaluation = parts.evaluation
-        self.reports = Reports(recipe, world, self.model, parts.probe)
+        self.reports = Reports(self.recipe, world, self.model, parts.probe)
         self.health = Health()
         self.best: dict[str, float] | None = None  # step and loss of the lowest held-out loss so far
         self.left_out = LeftOut()
@@ -56,7 +60,7 @@ class Run:
         self.best_unsaved = False  # the lowest held-out loss has no checkpoint yet
         self.step = self._resume(say)
         self.saving = Saving(folder / "checkpoints", world, keep=recipe.checkpoint.keep)
-        self.journal = Journal(recipe, folder, world, self.health)
+        self.journal = Journal(self.recipe, folder, world, self.health)
 
     def train(self) -> None:
         """Train to the last step, reporting, evaluating and saving on the way. Collective."""
@@ -107,7 +111,7 @@ class Run:
         self._record_saved(self.saving.settle())
         self.journal.write({"kind": "end", "step": self.step})
         if self.world.is_main:
-            mark_finished(self.folder, {"step": self.step})
+            mark_finished(self.folder, {"step": self.step, "epochs": recipe.train.epochs})
         self.world.barrier()
 
     def _leave_out(self, batches: Sequence[Batch]) -> None:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from finetune import activations
 from finetune.activations import Setting
+from finetune.adapter_targets import meant_targets
 
 if TYPE_CHECKING:  # planner.py sums these up
     from finetune.planner import Plan
@@ -31,7 +32,7 @@ def setting(made: "Plan") -> Setting:
         expert_adapter_rank=lora.rank if lora is not None and "experts" in lora.targets else 0,
         router_losses=recipe.router.balance.coefficient > 0 or recipe.router.z_coefficient > 0,
         exchanged=recipe.parallel.expert > 1,
-        dropped=lora.targets if lora is not None and lora.dropout > 0 else (),
+        dropped=meant_targets(made.config, lora) if lora is not None and lora.dropout > 0 else (),
         on_gpu=on_gpu,
         fused_experts=fused_experts,
         fused_layers=fused_layers,

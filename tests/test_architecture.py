@@ -23,7 +23,7 @@ RECIPE = (
 PLAN = (
     *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text", "finetune.state_bytes"),
     "finetune.exchange_plan",
-    *("finetune.recompute", "finetune.working_bytes"),
+    *("finetune.recompute", "finetune.working_bytes", "finetune.adapter_targets"),
     *("finetune.recipe", "finetune.recipe_sections", "finetune.model.config"),
 )
 # A file whose path starts with the left side may import nothing whose name starts with a word on the right.
@@ -38,6 +38,7 @@ FORBIDDEN = {
     "finetune/yaml_tree.py": ("torch", "deepspeed", "transformers"),
     "finetune/planner.py": ("torch", "deepspeed"),
     "finetune/state_bytes.py": ("torch", "deepspeed"),
+    "finetune/adapter_targets.py": ("torch", "deepspeed"),
     "finetune/working_bytes.py": ("torch", "deepspeed"),
     "finetune/recompute.py": ("torch", "deepspeed"),
     **dict.fromkeys(("finetune/cli.py", "finetune/gpus.py", "finetune/ranks.py"), ("torch", "deepspeed")),
@@ -59,6 +60,7 @@ ALLOWED = {
     "finetune/plan_text.py": PLAN,
     "finetune/exchange_plan.py": (),
     "finetune/state_bytes.py": PLAN,
+    "finetune/adapter_targets.py": PLAN,
     "finetune/working_bytes.py": PLAN,
     "finetune/recompute.py": PLAN,
     "finetune/model/": ("finetune.model", READING),

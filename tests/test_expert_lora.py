@@ -49,9 +49,11 @@ VALUES = {
 MATRICES = ("gate_up_proj", "down_proj")
 
 
-def adapted(model: HybridMoEForCausalLM, targets: tuple[str, ...] = TARGETS) -> HybridMoEForCausalLM:
+def adapted(
+    model: HybridMoEForCausalLM, targets: tuple[str, ...] = TARGETS, *, rslora: bool = False
+) -> HybridMoEForCausalLM:
     """`model` with factors that are not zero, the same for an expert wherever it is."""
-    inject(model, rank=RANK, alpha=ALPHA, dropout=0.0, targets=targets, seed=0)
+    inject(model, rank=RANK, alpha=ALPHA, dropout=0.0, targets=targets, seed=0, rslora=rslora)
     for name, parameter in model.named_parameters():
         if ".mlp.experts.lora_B." in name:
             for place, expert in enumerate(model.local_experts):
@@ -318,8 +320,8 @@ def training_state(model: HybridMoEForCausalLM) -> dict[str, Tensor]:
     return tensors
 
 
-def trained(model: HybridMoEForCausalLM) -> LoraFactors:
-    factors, replaced = split_trained(training_state(model), alpha=ALPHA, dropout=0.0)
+def trained(model: HybridMoEForCausalLM, *, rslora: bool = False) -> LoraFactors:
+    factors, replaced = split_trained(training_state(model), alpha=ALPHA, dropout=0.0, rslora=rslora)
     assert factors is not None
     assert not replaced
     return factors
@@ -359,6 +361,21 @@ def test_merged_and_adapter_give_the_logits_of_training(
     assert written["target_parameters"] == sorted(
         f"model.layers.{layer}.mlp.experts.{m}" for layer in layers for m in MATRICES
     )
+
+
+def test_a_rank_stabilised_scale_is_in_both_exports(tmp_path: Path) -> None:
+    folder, ids = save_released(transformers_model(VALUES["base"]), tmp_path / "base"), some_ids(VALUES["base"])
+    ours = adapted(from_pretrained(folder, dtype=torch.float32), rslora=True).eval()
+    expected, factors = logits(ours, ids), trained(ours, rslora=True)
+    other = logits(adapted(from_pretrained(folder, dtype=torch.float32)).eval(), ids)
+    assert (other - expected).abs().max() > 100 * LOGITS_TOLERANCE
+    export_merged(folder, tmp_path / "merged", adapter=factors, replaced={})
+    merged = Qwen3NextForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged, ids), expected, rtol=0, atol=LOGITS_TOLERANCE)
+    export_adapter(folder, tmp_path / "adapter", adapter=factors, replaced={}, base_name="x")
+    theirs = Qwen3NextForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(loaded, ids), expected, rtol=0, atol=LOGITS_TOLERANCE)
 
 
 def test_each_stored_matrix_is_merged_in_float32_and_rounded_once(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
+from finetune.adapter_targets import all_linear_sentence, meant_targets
 from finetune.lora import AdapterError, base_model, inject, target_modules
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM, initialise
-from finetune.recipe_sections import MIXER_TARGETS
+from finetune.recipe_sections import MIXER_TARGETS, Lora
 from tests.configs import CONFIGS, tiny_config
 from tests.test_model import LOGITS_TOLERANCE, pair, random_model
 
@@ -150,6 +151,45 @@ def test_an_adapter_adds_alpha_over_rank_times_its_factors(values: dict[str, Any
             a, b = (found[f"{name}.lora_{factor}.default.weight"] for factor in "AB")
             plain.get_parameter(f"{name}.weight").add_(ALPHA / RANK * b @ a)
     torch.testing.assert_close(logits(model, ids), logits(plain, ids), rtol=0, atol=LOGITS_TOLERANCE)
+
+
+def test_all_linear_is_every_target_that_the_model_has_but_the_routed_experts(values: dict[str, Any]) -> None:
+    model, config = random_model(values), ModelConfig.from_dict(values)
+    assert sorted(target_modules(model, ("all-linear",))) == sorted(expected_modules(values))
+    meant = meant_targets(config, Lora(targets=("all-linear",)))
+    assert sorted(target_modules(model, meant)) == sorted(expected_modules(values))
+    with_experts = target_modules(model, ("all-linear", "experts"))
+    assert {name.rpartition(".")[2] for name in set(with_experts) - set(expected_modules(values))} == {"experts"}
+    assert sorted(target_modules(model, meant_targets(config, Lora(targets=("all-linear", "experts"))))) == sorted(
+        with_experts
+    )
+
+
+def test_all_linear_leaves_out_what_a_model_does_not_have() -> None:
+    values = tiny_config(num_hidden_layers=1, layer_types=["full_attention"])
+    config = ModelConfig.from_dict(values)
+    assert sorted(target_modules(random_model(values), ("all-linear",))) == sorted(expected_modules(values))
+    lora = Lora(targets=("all-linear",))
+    assert meant_targets(config, lora) == ("q_proj", "k_proj", "v_proj", "o_proj", "shared_expert")
+    assert all_linear_sentence(config, lora).startswith(
+        "lora.targets all-linear: q_proj, k_proj, v_proj, o_proj, shared_expert; not the router,"
+    )
+
+
+def test_a_rank_stabilised_adapter_is_that_of_peft_on_transformers() -> None:
+    values = CONFIGS["base"]
+    ours, theirs = pair(values)
+    adapted(ours, targets=MIXER_TARGETS, rslora=True)
+    ids = some_ids(values)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, use_rslora=True, target_modules=list(MIXER_TARGETS))
+    inject_adapter_in_model(config, theirs)
+    assert not theirs.load_state_dict(factors(ours), strict=False).unexpected_keys
+    with torch.no_grad():
+        expected = theirs.eval()(ids, use_cache=False).logits
+    found = logits(ours.eval(), ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=LOGITS_TOLERANCE)
+    adapted(plain := random_model(values), targets=MIXER_TARGETS)
+    assert (logits(plain, ids) - found).abs().max() > 100 * LOGITS_TOLERANCE
 
 
 def test_dropout_is_on_in_training_alone() -> None:

@@ -1,11 +1,12 @@
 """The schedule against transformers' at every step, and decay where it belongs by the kind of module."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_scheduler
 
 from finetune.lora import inject
 from finetune.model.config import ModelConfig
@@ -36,6 +37,51 @@ def test_cosine_is_transformers_at_every_step(steps: int, warmup: int, final: fl
         stepped.step()
         schedule.step()  # theirs counts from 0 and is then at `step`
         assert learning_rate(step, steps=steps, optim=optim) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+
+
+# Ours, transformers' name, its further arguments.
+BY_TRANSFORMERS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"schedule": "constant_with_warmup"}, "constant_with_warmup", {}),
+    ({"schedule": "constant"}, "constant_with_warmup", {}),
+    ({"schedule": "linear", "final_lr_fraction": 0.0}, "linear", {}),
+    ({"schedule": "cosine", "final_lr_fraction": 0.0}, "cosine", {}),
+    *(
+        (
+            {"schedule": "wsd", "decay_ratio": ratio, "final_lr_fraction": final},
+            "warmup_stable_decay",
+            {"num_decay_steps": decay, "decay_type": "linear", "min_lr_ratio": final},
+        )
+        for ratio, decay, final in ((0.1, 3, 0.0), (0.34, 8, 0.0), (0.5, 12, 0.0))
+    ),
+]
+
+
+@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 5}, {"warmup_ratio": 0.2}, {"warmup_ratio": 0.01}])
+@pytest.mark.parametrize(("ours", "name", "arguments"), BY_TRANSFORMERS)
+def test_every_schedule_is_that_of_transformers_get_scheduler(
+    ours: dict[str, Any], name: str, arguments: dict[str, Any], warmup: dict[str, Any]
+) -> None:
+    steps, peak = 23, 0.3
+    optim = Optim(lr=peak, **ours, **warmup)
+    stepped = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    rise = warmup.get("warmup_steps", math.ceil(warmup.get("warmup_ratio", 0) * steps))
+    schedule = get_scheduler(name, stepped, rise, steps, scheduler_specific_kwargs=arguments)
+    for step in range(1, steps + 1):
+        stepped.step()
+        schedule.step()
+        assert learning_rate(step, steps=steps, optim=optim) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+
+
+def test_a_lowest_rate_lifts_the_straight_lines_too() -> None:
+    linear = Optim(lr=0.4, warmup_steps=2, schedule="linear", final_lr_fraction=0.5)
+    found = [learning_rate(step, steps=6, optim=linear) for step in range(1, 7)]
+    assert found == pytest.approx([0.2, 0.4, 0.35, 0.3, 0.25, 0.2])
+    wsd = Optim(lr=0.4, warmup_steps=2, schedule="wsd", decay_ratio=0.3, final_lr_fraction=0.5)
+    found = [learning_rate(step, steps=6, optim=wsd) for step in range(1, 7)]
+    assert found == pytest.approx([0.2, 0.4, 0.4, 0.4, 0.3, 0.2])
+    late = Optim(lr=0.4, warmup_steps=4, schedule="wsd", decay_ratio=1.0, final_lr_fraction=0.0)
+    found = [learning_rate(step, steps=6, optim=late) for step in range(1, 7)]
+    assert found == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.2, 0.0])
 
 
 def test_the_ends_and_the_middle_of_the_cosine() -> None:

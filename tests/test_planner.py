@@ -28,6 +28,7 @@ from finetune.activations import (
     kept_between_layers,
     mixer_tensors,
 )
+from finetune.adapter_targets import adapter_parameters
 from finetune.arithmetic import recompute_operations, step_operations
 from finetune.kernels import attention as attention_kernel
 from finetune.kernels import delta_rule, deltanet, fused_experts, gated_norm, loss, norm, residual_norm, router, swiglu
@@ -42,7 +43,7 @@ from finetune.model.moe import Experts, MoE
 from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach
 from finetune.plan_text import render
-from finetune.planner import GIB, Machine, Plan, adapter_parameters, model_config, plan
+from finetune.planner import GIB, Machine, Plan, model_config, plan
 from finetune.recipe import CHECKOUT, Recipe, RecipeError, load_recipe
 from finetune.recipe_sections import MIXER_TARGETS
 from finetune.step import optimize

@@ -104,6 +104,12 @@ def test_scalars_agree_with_another_yaml_12_reader(text: str) -> None:
     assert yaml_tree.scalar(text) == YAML(typ="safe", pure=True).load(text)
 
 
+def test_a_list_of_words_may_be_its_only_word() -> None:
+    for key, word in (("lora.targets", "all-linear"), ("lora.targets", "q_proj"), ("train.recompute", "full")):
+        section, name = key.split(".")
+        assert getattr(getattr(read(SMALLEST, f"{key}={word}"), section), name) == (word,)
+
+
 def test_quoted_numbers_stay_text() -> None:
     assert read(SMALLEST + "name: '7'\n").name == "7"
     assert mistakes(SMALLEST + "optim: {lr: '1e-4'}\n") == ["x.yaml:4: optim.lr: expected a number, found '1e-4'"]
@@ -141,7 +147,8 @@ router: {train: no}
         "x.yaml:6: data.train.1.formt: unknown key (did you mean 'format'?)",
         "x.yaml:8: train.steps: expected a whole number, found '010x'",
         "x.yaml:10: train.micro_batch_tokens: 20000 is not a multiple of train.sequence_tokens; 16384 is",
-        "x.yaml:13: optim.schedule: 'cosin' is not one of constant, cosine (did you mean 'cosine'?)",
+        "x.yaml:13: optim.schedule: 'cosin' is not one of constant, constant_with_warmup, linear, cosine, wsd"
+        " (did you mean 'cosine'?)",
         "x.yaml:14: optim.warmup_steps: expected a whole number, found 1.5",
         "x.yaml:15: optim.lr: must be at most 1, found 10000.0",
         "x.yaml:16: lr: unknown key (there is optim.lr)",
@@ -186,17 +193,16 @@ def test_unreadable_yaml_names_its_line() -> None:
         ("name: 5\n", "x.yaml:4: name: expected text, found 5; put it in quotes"),
         (
             "optim: null\n",
-            "x.yaml:4: optim: expected a section with keys such as lr, warmup_steps, schedule, found null",
+            "x.yaml:4: optim: expected a section with keys such as lr, warmup_steps, warmup_ratio, found null",
         ),
         ("checkpoint: {keep: 0}\n", "x.yaml:4: checkpoint.keep: must be greater than 0, found 0"),
         ("optim: {beta1: 1}\n", "x.yaml:4: optim.beta1: must be less than 1, found 1"),
         ("optim: {clip_norm: .inf}\n", "x.yaml:4: optim.clip_norm: expected a finite number, found inf"),
         ("lora: {targets: []}\n", "x.yaml:4: lora.targets: needs at least one item"),
-        ("lora: {targets: q_proj}\n", "x.yaml:4: lora.targets: expected a list, found 'q_proj'"),
         (
             "lora: {targets: [q_porj]}\n",
             "x.yaml:4: lora.targets.0: 'q_porj' is not one of q_proj, k_proj, v_proj, o_proj, in_proj_qkvz, in_proj_ba,"
-            " out_proj, shared_expert, experts (did you mean 'q_proj'?)",
+            " out_proj, shared_expert, experts, all-linear (did you mean 'q_proj'?)",
         ),
         ("parallel: {zero_stage: 4}\n", "x.yaml:4: parallel.zero_stage: 4 is not one of 0, 1, 2, 3"),
         (
@@ -221,7 +227,7 @@ def test_what_is_missing_is_named_with_its_meaning() -> None:
     assert mistakes("name: x\n") == [
         "x.yaml:1: model.path: missing; Folder of the checkpoint, or the hub id of one (Qwen/Qwen3-Coder-Next).",
         "x.yaml:1: data.train: missing; Sources of the training rows.",
-        "x.yaml:1: train.steps: missing; Optimizer steps of the whole run.",
+        "x.yaml:1: train.steps: missing; give it, or train.epochs: 1 to train once on all of the data",
     ]
 
 
@@ -274,6 +280,12 @@ PACK = "train.sequence_tokens=512", "train.micro_batch_tokens=1024"
             "train.global_batch_tokens: 3072 is not a multiple of train.micro_batch_tokens x 2 ranks (1024 x 2)",
         ),
         (("parallel.ranks=2", "parallel.expert=3"), "parallel.expert: 3 does not divide parallel.ranks, which is 2"),
+        (("train.epochs=2",), "train.steps: 100 and train.epochs 2 both say how long the run is; keep one, and set"),
+        (("train.steps=0",), "train.steps: missing; give it, or train.epochs: 1 to train once on all of the data"),
+        (
+            ("optim.warmup_steps=5", "optim.warmup_ratio=0.1"),
+            "optim.warmup_ratio: 0.1 and optim.warmup_steps 5 both say how long it is; keep one, and set the other to",
+        ),
         (("lora.targets=[q_proj, k_proj, q_proj]",), "lora.targets: q_proj is listed twice"),
         (
             ("lora.targets=[q_proj, experts]", "lora.dropout=0.1"),
@@ -297,6 +309,7 @@ def test_settings_that_contradict(overrides: tuple[str, ...], expected: str) -> 
             ("optim.schedule=constant", "optim.final_lr_fraction=0.5"),
             "optim.final_lr_fraction: no effect on a constant schedule",
         ),
+        (("optim.decay_ratio=0.5",), "optim.decay_ratio: no effect unless optim.schedule is wsd"),
         (("router.balance.kind=micro",), "router.balance.kind: no effect while router.balance.coefficient is 0"),
         (("lora=null", "monitor.drift_every_steps=5"), "monitor.drift_every_steps: no effect without lora: no frozen"),
         (("monitor.probe_tokens=512",), "monitor.probe_tokens: no effect because drift of the routing is not measured"),
@@ -407,6 +420,8 @@ def test_every_key_changes_the_recipe_alike_by_file_and_by_set(key: str) -> None
     )
     if key == "model.init":  # random weights go with training all of them
         text = EVAL + "lora: null\nrouter: {train: true}\n"
+    if key == "train.epochs":  # in place of steps
+        text = text.replace("steps: 100", "steps: 0, epochs: 2")
     if key == "parallel.offload_path":  # only for a disk
         text = text.replace("{ranks: 2}", "{ranks: 2, offload: nvme, offload_path: disk}")
     dotted = key.replace(".N", ".0")
@@ -521,7 +536,7 @@ def test_every_setting_is_explained() -> None:
         assert f"  {key}  [" in table or f"{key}  [" in table.splitlines()[0]
         assert SETTINGS[key]["description"].split()[0] in table
     assert "\n  train.sequence_tokens  [tokens > 0; default 4096]\n" in table
-    assert "\n  optim.schedule  [constant | cosine; default 'cosine']\n" in table
+    assert "\n  optim.schedule  [constant | constant_with_warmup | linear | cosine | wsd; default 'cosine']\n" in table
     assert "\n  model.path  [text; required]\n" in table
 
 

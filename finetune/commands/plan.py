@@ -5,6 +5,7 @@ import sys
 
 import psutil
 
+from finetune.epochs import planned_steps
 from finetune.exchange_plan import Links
 from finetune.gpus import gpus
 from finetune.plan_text import render
@@ -28,10 +29,13 @@ def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_g
         RecipeError: more machines than ranks, or a recipe that does not divide over the ranks.
     """
     config, source = model_config(recipe)
+    recipe, steps = planned_steps(recipe)
     machine = _machine(recipe, ranks, nodes, device_gib, links)
     planned = plan(config, fit_to_ranks(recipe, machine.ranks, print), machine)
     for sentence in notes(recipe):
         print(f"note: {sentence}")
+    for sentence in steps:
+        print(sentence)
     print(render(planned, source), flush=True)
     return 1 if planned.fits is False else 0
 
