@@ -43,8 +43,8 @@ def optimize(
         )
         broken += (~loss.detach().isfinite()).sum()
         if place == len(batches) - 1:
-            # DeepSpeed leaves a step out, on all ranks, for its gradient alone; a loss may be infinite without it.
-            loss = loss * torch.where(world.sum(broken) > 0, torch.nan, 1.0)
+            # The optimizer skips a step whose gradient is not finite; a loss may be infinite where its gradient is not.
+            engine.optimizer.loss_is_finite = world.sum(broken) == 0
         # DeepSpeed averages gradients over the ranks; times their number it is the sum that was divided above.
         engine.backward((loss * world.size).float(), scale_wrt_gas=False)
         engine.step()

@@ -38,6 +38,7 @@ class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
     """ZeRO-1 and 2: each rank holds masters and moments of its share of every group, on its device, host or disk."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, engine: DeepSpeedEngine):
+        self.loss_is_finite = torch.tensor(True)  # in the step being taken, of all ranks; if not, it changes nothing
         offload = engine.zero_offload_optimizer()
         on_disk = offload is not None and offload.device == OffloadDeviceEnum.nvme
         self._zeros: Callable[[Tensor], Tensor] = partial(zeros_on_disk, offload.nvme_path) if on_disk else _zeros
@@ -78,6 +79,11 @@ class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
                 partition.data = self._zeros(partition.detach()).copy_(partition.detach())
         super().initialize_optimizer_states()
 
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """Norm of the gradient over all ranks; infinite if a loss was not finite, so that DeepSpeed skips the step."""
+        norm = torch.as_tensor(super().scaled_global_norm(norm_type))
+        return torch.where(self.loss_is_finite.to(norm.device), norm, torch.inf)
+
     def _gradient_reduction_buffer_dtype(self) -> torch.dtype:
         """What gradients are gathered in before they are sent: DeepSpeed's ZeRO-2 would round to bfloat16 there."""
         return torch.float32
@@ -110,7 +116,8 @@ class Replicated:
 
     def __init__(self, optimizer: torch.optim.Optimizer, engine: DeepSpeedEngine):
         self.optimizer = optimizer
-        self.overflow = False  # whether the last step was left out because the gradient was not finite
+        self.loss_is_finite = torch.tensor(True)  # in the step being taken, of all ranks; if not, it changes nothing
+        self.overflow = False  # whether the last step was skipped because a loss or the gradient was not finite
         self._global_grad_norm = 0.0  # read by the engine
         self._clip_norm: float = engine.gradient_clipping()
         self._bucket: int = engine.zero_reduce_bucket_size()
@@ -150,9 +157,9 @@ class Replicated:
                     gradient.copy_(mean.view_as(gradient))
 
     def step(self) -> None:
-        """Clip, update the masters, and round them into the weights; nothing where the gradient is not finite."""
+        """Clip, update the masters, round them into the weights; nothing if a loss or the gradient is not finite."""
         norm = self._norm()
-        self.overflow = not norm.isfinite()
+        self.overflow = not (norm.isfinite() & self.loss_is_finite)
         self._global_grad_norm = float("inf") if self.overflow else float(norm)
         if self.overflow:
             return
