@@ -38,7 +38,7 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 VOCABULARY = 4096
-MAX_TOKENS = 32768
+MAX_TOKENS = 4096  # max_position_embeddings of recipes/base/config.json
 CHAT_TEMPLATE = """\
 {%- if tools %}
     {{- raise_exception("this chat template has no tools: train a checkpoint whose own template renders them") }}
