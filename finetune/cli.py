@@ -23,6 +23,7 @@ from finetune.run_folder import (
     finished_step,
     folder_of,
     is_complete,
+    lost_checkpoint,
     recipe_of,
     run_of_step,
     stopped_step,
@@ -105,6 +106,9 @@ def finished(options: argparse.Namespace) -> int:
     if not is_complete(folder, recipe):
         step, stopped = finished_step(folder), stopped_step(folder)
         end = f"{recipe.train.epochs:g} epochs" if recipe.train.epochs else f"{recipe.train.steps}"
+        if (lost := lost_checkpoint(folder)) is not None:
+            print(lost, file=sys.stderr)
+            return 1
         if stopped is not None:
             print(f"{folder}: stopped after step {stopped} of {end}, resumable", file=sys.stderr)
             print(folder)

@@ -20,7 +20,7 @@ from finetune.parallel import world as worlds
 from finetune.ranks import fit_to_ranks
 from finetune.recipe import Recipe, RecipeError
 from finetune.recipe_notes import notes
-from finetune.run_folder import check_folder, folder_of, hold, is_complete
+from finetune.run_folder import check_folder, folder_of, hold, is_complete, lost_checkpoint
 from finetune.trainer import Run, TrainingError
 from finetune.watch import STALL_SECONDS, Watch
 
@@ -47,6 +47,8 @@ def train_here(recipe: Recipe) -> int:
         if is_complete(folder, recipe):
             say(f"{folder}: this run is complete; `python -m finetune summary {folder}` shows it")
             return 0
+        if (lost := lost_checkpoint(folder)) is not None:
+            say(lost)
         base = resolve_model(recipe.model.path)
         config = ModelConfig.from_folder(base)
         recipe = fit_to_ranks(recipe, size, say)

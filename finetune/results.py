@@ -1,6 +1,7 @@
 """What comes out of a run: the exported checkpoint, and the closing summary."""
 
 from pathlib import Path
+from typing import Any
 
 from finetune.checkpoint.adapter import export_adapter
 from finetune.checkpoint.fingerprint import is_of
@@ -11,10 +12,12 @@ from finetune.checkpoint.trained import split_trained
 from finetune.checkpoint.weights import resolve_model
 from finetune.evaluation import paired_change
 from finetune.planner import model_config
-from finetune.run_folder import recipe_of
+from finetune.run_folder import finished_step, recipe_of
 from monitoring.metrics import read_metrics
 from monitoring.routing import read_snapshot, recorded_drift, routing_measures
 from monitoring.table import print_utilisation
+
+NEVER_BETTER = "training never improved on the base: no held-out loss is below that before the first step"
 
 
 def export_run(run: Path, to: Path, *, kind: str, which: str = "newest") -> int:
@@ -28,7 +31,7 @@ def export_run(run: Path, to: Path, *, kind: str, which: str = "newest") -> int:
         RecipeError: `run` is not the folder of a run.
     """
     recipe = recipe_of(run)
-    checkpoint = chosen_checkpoint(run / "checkpoints", which, print)
+    checkpoint = chosen_checkpoint(run / "checkpoints", which, print, finished_step(run))
     state, tensors = open_state(checkpoint)
     base = resolve_model(recipe.model.path)
     if not is_of(state["base"], base):
@@ -73,7 +76,7 @@ def print_summary(run: Path) -> int:
     return 0
 
 
-def _held_out_lines(records: list[dict[str, object]]) -> list[str]:
+def _held_out_lines(records: list[dict[str, Any]]) -> list[str]:
     evaluations = [record for record in records if record["kind"] == "eval"]
     if len(evaluations) < 2:
         return []
@@ -81,12 +84,14 @@ def _held_out_lines(records: list[dict[str, object]]) -> list[str]:
     if before["loss"] is None or after["loss"] is None:
         return [f"held-out loss: not a number at step {(before if before['loss'] is None else after)['step']}"]
     line = f"held-out loss: {before['loss']:.4f} before, {after['loss']:.4f} after {after['step']} steps"
-    change = paired_change(before["parts"], after["parts"])  # type: ignore[arg-type]
+    better = any(record["loss"] is not None and record["loss"] < before["loss"] for record in evaluations[1:])
+    worse = [NEVER_BETTER] if before["step"] == 0 and not better else []
+    change = paired_change(before["parts"], after["parts"])
     if change is None:
-        return [f"{line} (no standard error: it needs two or more batches that are the same in both)"]
+        return [f"{line} (no standard error: it needs two or more batches that are the same in both)", *worse]
     mean, error = change
-    line += f"; change {mean:+.4f} with standard error {error:.4f} over {len(after['parts'])} batches"  # type: ignore[arg-type]
-    return [line + (f" ({abs(mean) / error:.0f} standard errors)" if error else "")]
+    line += f"; change {mean:+.4f} with standard error {error:.4f} over {len(after['parts'])} batches"
+    return [line + (f" ({abs(mean) / error:.0f} standard errors)" if error else ""), *worse]
 
 
 def _places(run: Path) -> list[str]:

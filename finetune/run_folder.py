@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from finetune.recipe import Recipe, RecipeError, dump, load_recipe
 from monitoring.files import replace_file
+from monitoring.json_file import FileError, read_object
 
 # What may change between two starts of one run: how long, how often it reports and saves, how it is laid out; and the
 # step sizes and router losses that a finding may advise to change. The rest would make it another run.
@@ -116,10 +117,38 @@ def finished_step(folder: Path) -> int | None:
     return int(json.loads(marker.read_text(encoding="utf-8"))["step"]) if marker.exists() else None
 
 
+def lost_checkpoint(folder: Path) -> str | None:
+    """A sentence, if the last checkpoint of a run that ended well is gone or lacks files; what they hold is not read.
+
+    A newer one, of a run that was continued since, is as good.
+    """
+    step, root = finished_step(folder), folder / "checkpoints"
+    if step is None or any(_step_of(path) >= step and _has_its_files(path) for path in root.glob("step-*")):
+        return None
+    lost = root / f"step-{step}"
+    return (
+        f"{folder}: ended at step {step}, but its checkpoint of that step is gone or incomplete ({lost});"
+        " the training command makes it again from an older one, if there is one"
+    )
+
+
+def _step_of(checkpoint: Path) -> int:
+    digits = checkpoint.name.removeprefix("step-")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _has_its_files(checkpoint: Path) -> bool:
+    try:
+        parts = read_object(checkpoint / "manifest.json")["parts"]
+        return all((checkpoint / part["file"]).stat().st_size == part["bytes"] for part in parts)
+    except (FileError, OSError, KeyError, TypeError):
+        return False
+
+
 def is_complete(folder: Path, recipe: Recipe) -> bool:
-    """Whether the run in this folder ended well, and as late as this recipe says."""
+    """Whether the run in this folder ended well, as late as this recipe says, and its last checkpoint is there."""
     step = finished_step(folder)
-    if step is None:
+    if step is None or lost_checkpoint(folder):
         return False
     if recipe.train.epochs:
         epochs = json.loads((folder / "finished.json").read_text(encoding="utf-8")).get("epochs", 0)

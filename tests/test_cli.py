@@ -13,6 +13,7 @@ from finetune.commands import plan as plan_command
 from finetune.launch import _share_cores
 from finetune.recipe import RecipeError, load_recipe
 from finetune.run_folder import claim, folder_of, mark_finished, mark_stopped
+from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT, run
 
 TINY = ("--recipe", str(ROOT / "recipes/tiny.yaml"))
@@ -149,6 +150,10 @@ def test_finished_answers_by_its_exit_code(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == f"{folder}: has not finished of 60\n"
     claim(folder, recipe).release()
     mark_finished(folder, {"step": 60})
+    lost = f"ended at step 60, but its checkpoint of that step is gone or incomplete ({folder}/checkpoints/step-60)"
+    assert cli.main(arguments) == 1
+    assert lost in capsys.readouterr().err
+    write_checkpoint(folder / "checkpoints", 60, tensors={"a": torch.zeros(1)}, state={})
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == f"{folder}\n"
     assert cli.main([*arguments, "--set", "train.steps=61"]) == 1

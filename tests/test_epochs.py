@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune import cli
 from finetune.epochs import planned_steps, with_steps
 from finetune.recipe import Recipe, load_recipe
 from finetune.run_folder import check_folder, claim, folder_of, is_complete, mark_finished
+from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT, Place, place, write_rows
 
 
@@ -73,6 +75,7 @@ def test_a_finished_run_is_complete_for_as_many_epochs(tmp_path: Path, here: Pla
     claim(folder, recipe).release()
     assert not is_complete(folder, recipe)
     mark_finished(folder, {"step": 20, "epochs": 2.0})
+    write_checkpoint(folder / "checkpoints", 20, tensors={"a": torch.zeros(1)}, state={})
     assert is_complete(folder, recipe)
     longer = in_epochs(here, 3, output__dir=tmp_path)
     check_folder(folder, longer)

@@ -122,6 +122,18 @@ def test_summary_tells_the_change_with_its_error(folder: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
+    ("losses", "said"), [((3.0, 3.1, 3.05), True), ((3.0, 3.0), True), ((3.0, 2.9, 3.1), False), ((3.0, 2.9), False)]
+)
+def test_summary_says_when_training_never_improved_on_the_base(
+    folder: Path, capsys: pytest.CaptureFixture[str], losses: tuple[float, ...], said: bool
+) -> None:
+    evaluations = [evaluation(5 * n, (10 * loss, 10), (10 * loss, 10)) for n, loss in enumerate(losses)]
+    write(folder, {"kind": "start", "step": 0}, *evaluations)
+    line = "training never improved on the base: no held-out loss is below that before the first step"
+    assert (line in summary(folder, capsys)) == said
+
+
+@pytest.mark.parametrize(
     ("evaluations", "expected"),
     [
         ([evaluation(0, (30.0, 10))], None),

@@ -457,7 +457,7 @@ def test_the_best_stays_and_can_be_chosen(tmp_path):
     with pytest.raises(CheckpointError, match="holds no whole checkpoint to export; train it first"):
         chosen(tmp_path, "best")
     for step in (5, 10, 15, 20):
-        write(tmp_path, step, keep=2, spare=[5], best={"step": 5, "loss": 1.5})
+        write(tmp_path, step, keep=2, spare=[5], best={"step": 5, "loss": 1.5, "measured": 4})
     assert names(tmp_path) == ["step-15", "step-20", "step-5"]
     assert chosen(tmp_path, "best") == tmp_path / "step-5"
     assert chosen(tmp_path, "newest") == tmp_path / "step-20"
@@ -470,13 +470,51 @@ def test_the_best_stays_and_can_be_chosen(tmp_path):
         chosen(tmp_path, "best")
     write(tmp_path, 25, keep=2)
     assert names(tmp_path) == ["step-20", "step-25"]
-    with pytest.raises(CheckpointError, match=r"keeps no best checkpoint; its recipe needs checkpoint\.keep_best"):
+    with pytest.raises(CheckpointError, match=r"no best checkpoint, since no held-out loss was measured; .*data\.eval"):
         chosen(tmp_path, "best")
-    flip(tmp_path / "step-25" / "part-00000.safetensors")
-    assert chosen(tmp_path, "newest") == tmp_path / "step-20"
-    assert [without_hashes(line) for line in told] == [
-        f"{tmp_path}/step-25: passed over, part-00000.safetensors was changed after it was written (HASHES)"
-    ]
+    measured = "step-5: the held-out loss was measured at step 4, while one before was still being saved"
+    assert told == [measured, measured]
+
+
+@pytest.mark.parametrize("which", ["newest", "best"])
+@pytest.mark.parametrize("lost", ["damaged", "gone", "gone with its lines"])
+def test_an_older_checkpoint_is_exported_only_when_it_is_named(which, lost, tmp_path):
+    root, told = tmp_path / "run" / "checkpoints", []
+    for step in (10, 20):
+        write(root, step, best={"step": 10, "loss": 1.5})
+    lines = [{"kind": "start", "step": 0}, *({"kind": "checkpoint", "step": step} for step in (10, 20))]
+    (root.parent / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if lost == "damaged":
+        flip(root / "step-20" / "part-00000.safetensors")
+    else:
+        shutil.rmtree(root / "step-20")
+    if lost == "gone with its lines":
+        (root.parent / "metrics.jsonl").unlink()
+        assert chosen_checkpoint(root, which, told.append) == root / "step-10"  # nothing is left that tells of step 20
+    sentence = (
+        f"{root}/step-20: the newest checkpoint of the run is {lost.split()[0]}; the training command makes it again"
+        " from step-10, or export an older one by name: --checkpoint step-10"
+    )
+    with pytest.raises(CheckpointError, match=re.escape(sentence)):
+        chosen_checkpoint(root, which, told.append, finished=20)
+    assert chosen_checkpoint(root, "step-10", told.append, finished=20) == root / "step-10"
+    assert len(told) == (lost == "damaged")
+
+
+def test_where_training_never_improved_there_is_no_best_and_it_is_said(tmp_path):
+    for step in (10, 20):
+        write(tmp_path, step, best={"step": 0, "loss": 2.5})
+    sentence = "training never improved on the base (the held-out loss of 2.5000 before the first step is the lowest)"
+    with pytest.raises(CheckpointError, match=re.escape(sentence) + r".* there are step-10, step-20$"):
+        chosen_checkpoint(tmp_path, "best", print)
+
+
+def test_a_best_that_was_not_kept_is_said(tmp_path):
+    for step in (10, 20):
+        write(tmp_path, step, keep=1, best={"step": 10, "loss": 2.5})
+    sentence = r"step-10: the checkpoint with the lowest held-out loss \(2\.5000\) is gone; only checkpoint\.keep_best"
+    with pytest.raises(CheckpointError, match=sentence):
+        chosen_checkpoint(tmp_path, "best", print)
 
 
 WRITER = """

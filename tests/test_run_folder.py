@@ -1,16 +1,29 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune import run_folder
 from finetune.failure import is_told, record_crash
 from finetune.recipe import Recipe, RecipeError, load_recipe
-from finetune.run_folder import check_folder, claim, finished_step, folder_of, hold, mark_finished
+from finetune.run_folder import (
+    check_folder,
+    claim,
+    finished_step,
+    folder_of,
+    hold,
+    is_complete,
+    lost_checkpoint,
+    mark_finished,
+)
 from monitoring.files import replace_file
+from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT
 
 
@@ -113,6 +126,59 @@ def test_a_run_is_finished_when_its_marker_says_so(tmp_path: Path) -> None:
     assert finished_step(tmp_path) is None
     mark_finished(tmp_path, {"step": 60})
     assert finished_step(tmp_path) == 60
+
+
+def lose_nothing(root: Path) -> None:
+    pass
+
+
+def lose_all(root: Path) -> None:
+    shutil.rmtree(root)
+
+
+def lose_newest(root: Path) -> None:
+    shutil.rmtree(root / "step-60")
+
+
+def lose_part(root: Path) -> None:
+    (root / "step-60/part-00000.safetensors").unlink()
+
+
+def cut_part(root: Path) -> None:
+    (root / "step-60/part-00000.safetensors").write_bytes(b"")
+
+
+def lose_manifest(root: Path) -> None:
+    (root / "step-60/manifest.json").unlink()
+
+
+def spoil_manifest(root: Path) -> None:
+    (root / "step-60/manifest.json").write_text("[")
+
+
+def go_on(root: Path) -> None:
+    write_checkpoint(root, 70, tensors={"a": torch.zeros(3)}, state={}, keep=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "complete"),
+    [
+        *((lose_nothing, True), (go_on, True)),
+        *((lose_all, False), (lose_newest, False), (lose_part, False), (cut_part, False)),
+        *((lose_manifest, False), (spoil_manifest, False)),
+    ],
+)
+def test_a_finished_run_whose_last_checkpoint_is_lost_is_not_complete(
+    tmp_path: Path, recipe: Recipe, change: Callable[[Path], None], complete: bool
+) -> None:
+    for step in (40, 60):
+        write_checkpoint(tmp_path / "checkpoints", step, tensors={"a": torch.zeros(3)}, state={}, keep=2)
+    mark_finished(tmp_path, {"step": 60})
+    change(tmp_path / "checkpoints")
+    assert is_complete(tmp_path, recipe) == complete
+    sentence = f"{tmp_path}: ended at step 60, but its checkpoint of that step is gone or incomplete"
+    assert (lost_checkpoint(tmp_path) or "").startswith("" if complete else sentence)
+    assert complete == (lost_checkpoint(tmp_path) is None)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.shards import listed, read_header
 from finetune.checkpoint.writer import LEFTOVER, MANIFEST, STEP, hash_of, hash_of_values, step_of
+from monitoring.files import MonitoringError
 from monitoring.metrics import read_metrics
 
 
@@ -88,7 +89,7 @@ def check_nothing_lost(root: Path) -> None:
         CheckpointError: checkpoints are there and all are damaged, or the run's own lines tell of one that is gone.
     """
     anew = "put one back, or, to begin at the first step, delete the run folder or give this run another name"
-    if root.is_dir() and (damaged := sorted((p for p in root.iterdir() if STEP.fullmatch(p.name)), key=step_of)):
+    if root.is_dir() and (damaged := _folders(root)):
         raise CheckpointError(
             f"{root}: none of its checkpoints is whole ({listed([path.name for path in damaged])}); {anew}"
         )
@@ -98,35 +99,88 @@ def check_nothing_lost(root: Path) -> None:
         raise CheckpointError(f"{root}: the checkpoint of step {saved[-1]['step']} is gone; {anew}")
 
 
-def chosen_checkpoint(root: Path, which: str, say: Callable[[str], None]) -> Path:
+def chosen_checkpoint(root: Path, which: str, say: Callable[[str], None], finished: int | None = None) -> Path:
     """The checkpoint that a user names, whole: `newest`, `best` (the lowest held-out loss) or `step-N`.
 
+    An older checkpoint is used only when it is named: `newest` and `best` are refused where the run's newest is lost.
+
     Args:
-        say: is told which newer ones had to be passed over.
+        say: is told what the user should know about the choice.
+        finished: the last step of a run that ended.
 
     Raises:
         CheckpointError: there is none, or the one that was asked for is not whole.
     """
-    newest, told = newest_checkpoint(root)
-    for sentence in told:
-        say(sentence)
-    if newest is None:
-        raise CheckpointError(f"{root.parent}: holds no whole checkpoint to export; train it first")
-    if which == "newest":
-        return newest
-    if which == "best":
-        best = _read_manifest(newest)["state"].get("best")
-        if best is None:
-            raise CheckpointError(f"{root.parent}: keeps no best checkpoint; its recipe needs checkpoint.keep_best")
-        which = f"step-{best['step']}"
+    if which in ("newest", "best"):
+        newest, passed_over = newest_checkpoint(root)
+        for sentence in passed_over:
+            say(sentence)
+        if newest is None:
+            raise CheckpointError(f"{root.parent}: holds no whole checkpoint to export; train it first")
+        last = max(finished or 0, _last_recorded(root), max(map(step_of, _folders(root))))
+        if step_of(newest) < last:
+            lost = root / f"step-{last}"
+            raise CheckpointError(
+                f"{lost}: the newest checkpoint of the run is {'damaged' if lost.exists() else 'gone'}; the training"
+                f" command makes it again from {newest.name}, or export an older one by name:"
+                f" --checkpoint {newest.name}"
+            )
+        if which == "newest":
+            return newest
+        which = _best(newest, root, say)
     chosen = root / which
     if not STEP.fullmatch(which) or not chosen.is_dir():
-        there = ", ".join(sorted((path.name for path in root.iterdir() if STEP.fullmatch(path.name)), key=len))
-        raise CheckpointError(f"{chosen}: no such checkpoint; there are {there}")
+        raise CheckpointError(f"{chosen}: no such checkpoint; {_there_are(root)}")
     fault = _fault(chosen)
     if fault is not None:
         raise CheckpointError(f"{chosen}: {fault}")
     return chosen
+
+
+def _best(newest: Path, root: Path, say: Callable[[str], None]) -> str:
+    """Name of the checkpoint with the lowest held-out loss, as the newest one knows it."""
+    best = _read_manifest(newest)["state"].get("best")
+    if best is None:
+        raise CheckpointError(
+            f"{root.parent}: has no best checkpoint, since no held-out loss was measured; that needs data.eval in its"
+            f" recipe; {_there_are(root)}"
+        )
+    name = f"step-{best['step']}"
+    if best["step"] == 0:
+        raise CheckpointError(
+            f"{root.parent}: has no best checkpoint, since training never improved on the base (the held-out loss of"
+            f" {best['loss']:.4f} before the first step is the lowest); use the base as it is, or export what was"
+            f" trained by --checkpoint newest or step-N; {_there_are(root)}"
+        )
+    if not (root / name).is_dir():
+        raise CheckpointError(
+            f"{root / name}: the checkpoint with the lowest held-out loss ({best['loss']:.4f}) is gone; only"
+            f" checkpoint.keep_best: true keeps it while newer ones are written; {_there_are(root)}"
+        )
+    if "measured" in best:
+        say(
+            f"{name}: the held-out loss was measured at step {best['measured']}, while one before was still being saved"
+        )
+    return name
+
+
+def _last_recorded(root: Path) -> int:
+    """Step of the last checkpoint that the run's own lines say was whole; 0 if there is none or no line can be read."""
+    try:
+        lines = read_metrics(root.parent / "metrics.jsonl")
+        return max((line["step"] for line in lines if line["kind"] == "checkpoint"), default=0)
+    except MonitoringError:
+        return 0
+
+
+def _folders(root: Path) -> list[Path]:
+    """Folders that have the name of a checkpoint, oldest first."""
+    return sorted((path for path in root.iterdir() if STEP.fullmatch(path.name)), key=step_of)
+
+
+def _there_are(root: Path) -> str:
+    names = [path.name for path in _folders(root)] if root.is_dir() else []
+    return f"there are {', '.join(names)}" if names else "there is none"
 
 
 def open_state(folder: Path) -> tuple[dict[str, Any], TensorStore]:
