@@ -9,9 +9,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from finetune.checkpoint.finite import all_finite
 from finetune.checkpoint.folder import sync
+from finetune.checkpoint.header import Stored
 from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.shards import Stored, listed, read_header
+from finetune.checkpoint.shards import listed, read_header
 
 _CHUNK_BYTES = 16 << 20  # a multiple of the size of every number format
 
@@ -100,4 +102,4 @@ def _is_finite(chunk: bytes, stored: Stored) -> bool:
     dtype = stored.torch_dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:  # integers; float8 is for whoever loads the base to judge
         return True
-    return bool(torch.frombuffer(bytearray(chunk), dtype=dtype).isfinite().all())
+    return all_finite(torch.frombuffer(bytearray(chunk), dtype=dtype))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finetune.checkpoint.copying import check_written, copy_file, hash_on_disk, rewrite_file
 from finetune.checkpoint.folder import companions, is_companion, whole_folder
+from finetune.checkpoint.header import Stored
 from finetune.checkpoint.layout import CheckpointError, Slot, is_carried, stored_tensors
 from finetune.checkpoint.mark import About, name_beside, write_about
 from finetune.checkpoint.shards import (
@@ -22,7 +23,6 @@ from finetune.checkpoint.shards import (
     SINGLE,
     Checkpoint,
     Entry,
-    Stored,
     has_weights,
     listed,
     open_checkpoint,

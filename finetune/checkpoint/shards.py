@@ -9,64 +9,28 @@ kills the process with a signal, where a read only returns less than it was aske
 Source: the safetensors format (8 bytes of length, a JSON header, the data); the index file of transformers.
 """
 
-import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.checkpoint.folder import write_json
+from finetune.checkpoint.header import HeaderError, Stored, parse_header, parse_index
 from finetune.checkpoint.layout import CheckpointError, Shape
+from monitoring.json_file import FileError, MissingFileError, open_regular, parse_json, read_json, reason
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 _LARGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 
 STAGING_BYTES = 32 << 20  # host memory through which values pass that cannot be read straight into their place
 _MOST_PIECES = 64  # in one read; Linux takes up to 1024
 _ALIGNMENT_BYTES = 8  # of each value in the staging memory: that of the widest dtype
-
-
-class Stored(NamedTuple):
-    """One stored tensor: the file that holds it, and where in that file."""
-
-    file: str
-    dtype: str  # in the format's spelling: BF16, F32
-    shape: Shape
-    start: int  # first byte in the file
-    end: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch calls it.
-
-        Raises:
-            CheckpointError: torch has no such dtype.
-        """
-        if self.dtype not in _DTYPES:
-            raise CheckpointError(f"{self.file}: holds tensors of dtype {self.dtype}; known: {', '.join(_DTYPES)}")
-        return _DTYPES[self.dtype]
 
 
 class Checkpoint(NamedTuple):
@@ -131,7 +95,7 @@ class Entry(NamedTuple):
 
 def has_weights(folder: Path) -> bool:
     """Whether the folder holds weights in the released form; a folder to train from scratch holds none."""
-    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+    return os.path.lexists(folder / SINGLE) or os.path.lexists(folder / INDEX)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -140,71 +104,66 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: no weights, an unreadable or truncated file, or an index that does not fit its files.
     """
-    if (folder / SINGLE).exists():
+    if os.path.lexists(folder / SINGLE):
         return Checkpoint(folder, read_header(folder / SINGLE))
-    if (folder / INDEX).exists():
+    if os.path.lexists(folder / INDEX):
         return Checkpoint(folder, _read_indexed(folder))
     others = sorted(path.name for path in folder.glob("*.bin"))
     found = f"only {others[0]}, another format; convert it to safetensors" if others else "neither; is it a checkpoint?"
     raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path, file: str | None = None) -> dict[str, Stored]:
     """The tensors of one safetensors file, in the order of their bytes.
+
+    Args:
+        file: the name that the tensors carry; by default that of the file without its folder.
 
     Raises:
         CheckpointError: no such file, not safetensors, or not as long as its header says.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _LARGEST_HEADER_BYTES)))
-        header.pop("__metadata__", None)
-        data = 8 + length
-        tensors = {
-            name: Stored(path.name, at["dtype"], tuple(at["shape"]), *(data + place for place in at["data_offsets"]))
-            for name, at in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        }
-        expected = _end_of(tensors, data)
-    except FileNotFoundError:
+        with open_regular(path) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            length = int.from_bytes(_take(opened, 8), "little")
+            if length > min(_LARGEST_HEADER_BYTES, size - 8):
+                raise HeaderError(f"its first bytes promise a header of {length:,} bytes in a file of {size:,}")
+            header = parse_json(_take(opened, length), "header", unique_keys=True)
+        tensors, expected = parse_header(header, file or path.name, 8 + length)
+    except MissingFileError:
         raise CheckpointError(f"{path}: no such file; download the checkpoint again") from None
+    except HeaderError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); download it again") from None
+    except FileError as error:
+        if not str(error).startswith("header:"):
+            raise CheckpointError(f"{error}; check the file and its disk") from None
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); download it again") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: could not be read ({error.strerror}); check the file and its disk") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError):
-        raise CheckpointError(f"{path}: not a safetensors file (unreadable header); download it again") from None
-    if expected is None:
-        raise CheckpointError(f"{path}: its header does not say where its tensors are; download it again")
+        raise CheckpointError(f"{path}: could not be read ({reason(error)}); check the file and its disk") from error
     if size != expected:
         raise CheckpointError(f"{path}: {size} bytes, but its header describes {expected}; download it again")
     return tensors
 
 
-def _end_of(tensors: Mapping[str, Stored], data: int) -> int | None:
-    """The byte after the last tensor; None if they leave gaps, overlap, or are not as long as dtype and shape say."""
-    end = data
-    for stored in tensors.values():
-        size = stored.end - stored.start
-        if stored.dtype in _DTYPES and size != math.prod(stored.shape) * _DTYPES[stored.dtype].itemsize:
-            return None
-        if stored.start != end or size < 0:
-            return None
-        end = stored.end
-    return end
+def _take(file: IO[bytes], count: int) -> bytes:
+    contents = b""
+    while len(contents) < count:
+        block = file.read(count - len(contents))
+        if not block:
+            raise HeaderError(f"it ends after {len(contents)} of {count} bytes")
+        contents += block
+    return contents
 
 
 def _read_indexed(folder: Path) -> dict[str, Stored]:
-    index = folder / INDEX
     try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(places.values()))
-        gone = [file for file in files if not (folder / file).exists()]
-    except OSError as error:
-        raise CheckpointError(f"{index}: could not be read ({error.strerror}); check the file and its disk") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{index}: not an index of weights (no readable `weight_map`); download it again"
-        ) from None
+        places = parse_index(read_json(folder / INDEX))
+    except FileError as error:
+        raise CheckpointError(f"{error}; an index of weights is expected, download it again") from None
+    except HeaderError as error:
+        raise CheckpointError(f"{folder / INDEX}: not an index of weights ({error}); download it again") from None
+    files = sorted(set(places.values()))
+    gone = [file for file in files if not os.path.exists(folder / file)]
     if gone:
         others = f", nor are {len(gone) - 1} others that it names" if len(gone) > 1 else ""
         raise CheckpointError(
@@ -212,14 +171,22 @@ def _read_indexed(folder: Path) -> dict[str, Stored]:
         )
     tensors: dict[str, Stored] = {}
     for file in files:
-        held = read_header(folder / file)
-        tensors |= {name: stored for name, stored in held.items() if places.get(name) == file}
+        held = read_header(folder / file, file)
         unnamed = [name for name in held if name not in places]
         if unnamed:
             raise CheckpointError(f"{folder / file}: holds {listed(unnamed)}, which {INDEX} does not name")
+        elsewhere = [f"{name} (in {places[name]})" for name in held if places[name] != file]
+        if elsewhere:
+            raise CheckpointError(
+                f"{folder / file}: holds {listed(elsewhere)}, for which {INDEX} names another file; readers differ in"
+                " which one they take, so remove one of the two"
+            )
+        tensors |= held
     absent = [f"{name} (in {file})" for name, file in places.items() if name not in tensors]
     if absent:
-        raise CheckpointError(f"{index}: names {listed(absent)}, which the files do not hold; download them again")
+        raise CheckpointError(
+            f"{folder / INDEX}: names {listed(absent)}, which the files do not hold; download them again"
+        )
     return tensors
 
 

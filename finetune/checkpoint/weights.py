@@ -18,7 +18,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # HTTPError: of its client
 from torch import Tensor, nn
 
+from finetune.checkpoint.finite import all_finite, check_finite
 from finetune.checkpoint.folder import WEIGHT_SUFFIXES, copy_companions, whole_folder, write_json
+from finetune.checkpoint.header import Stored
 from finetune.checkpoint.layout import (
     CheckpointError,
     Slot,
@@ -30,7 +32,6 @@ from finetune.checkpoint.layout import (
 from finetune.checkpoint.shards import (
     Checkpoint,
     Entry,
-    Stored,
     Wanted,
     listed,
     open_checkpoint,
@@ -41,6 +42,7 @@ from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM, parameter_dtype
 
 MAX_SHARD_BYTES = 5e9  # what the hub's own tools write
+TRAINED = ("F32", "BF16", "F16", "F64")  # as stored; all are cast to the dtype of the run
 PROGRESS_SECONDS = 10.0  # between two lines about a long load
 
 Convert = Callable[[str, Tensor], Tensor]  # a parameter's name and value, and what takes its place
@@ -79,10 +81,12 @@ def match(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Slot]:
     With tied embeddings a stored `lm_head.weight` is tolerated, and has the place of the embeddings.
 
     Raises:
-        CheckpointError: tensors missing, unknown, or of another shape than `config` says.
+        CheckpointError: tensors missing, unknown, of another shape than `config` says, or of a dtype that does not
+            train.
     """
     found = checkpoint.tensors
     slots = stored_tensors(config, fused=is_fused(found))
+    _check_dtypes(checkpoint, slots)
     if config.tie_word_embeddings and "lm_head.weight" in found:
         slots["lm_head.weight"] = slots["model.embed_tokens.weight"]
     faults = {
@@ -103,6 +107,18 @@ def match(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Slot]:
             "download the checkpoint again, or correct config.json"
         )
     return slots
+
+
+def _check_dtypes(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> None:
+    wrong = {name: at for name, at in checkpoint.tensors.items() if name in slots and at.dtype not in TRAINED}
+    if wrong:
+        kinds = sorted({at.dtype for at in wrong.values()})
+        why = "float8 needs its scales, which are not read; " if any(kind.startswith("F8") for kind in kinds) else ""
+        raise CheckpointError(
+            f"{checkpoint.folder}: {len(wrong)} tensors hold {', '.join(kinds)}, which does not train; {why}use the"
+            " checkpoint in bfloat16, float16 or float32: "
+            + listed([f"{name} (in {at.file}: {at.dtype})" for name, at in wrong.items()])
+        )
 
 
 def load_weights(
@@ -128,13 +144,20 @@ def load_weights(
             At most one module's values are held unconverted at a time.
 
     Raises:
-        CheckpointError: the folder does not hold this model.
+        CheckpointError: the folder does not hold this model, or a number of it is infinite or undefined.
     """
     checkpoint = open_checkpoint(folder)
     slots = match(checkpoint, model.settings)
     _check_tied(checkpoint, model.settings)
     held = {name: slots[name] for name in checkpoint.tensors if _is_held(slots.get(name), model.local_experts)}
-    places = _Places(model, dtype, device, Counter(slot.parameter for slot in held.values()), convert)
+
+    def check(parameter: str, value: Tensor) -> None:
+        if not all_finite(value):
+            parts = {name: slot for name, slot in held.items() if slot.parameter == parameter}
+            local = model.local_experts.start
+            check_finite(folder, {n: (checkpoint.tensors[n].file, s.of(value, local)) for n, s in parts.items()})
+
+    places = _Places(model, dtype, device, Counter(slot.parameter for slot in held.values()), check, convert)
     whole = sum(_stored_bytes(checkpoint.tensors[name], slot, model) for name, slot in held.items())
     files = [(file, names) for file, names in _by_file(checkpoint, held).items()]
     done, began = 0, time.monotonic()
@@ -194,14 +217,16 @@ class _Places:
         dtype: torch.dtype,
         device: str | torch.device,
         missing: Counter[str],
+        check: Callable[[str, Tensor], None],
         convert: Convert | None,
     ):
         """Nothing is made yet.
 
         Args:
             missing: how many stored tensors each parameter is made of.
+            check: called with each parameter's name and whole value before it is put in place.
         """
-        self._model, self._dtype, self._device, self._convert = model, dtype, device, convert
+        self._model, self._dtype, self._device, self._check, self._convert = model, dtype, device, check, convert
         self._old = dict(model.named_parameters())
         self._missing = missing
         self._filling: dict[str, Tensor] = {}
@@ -238,6 +263,7 @@ class _Places:
 
     def _put(self, name: str, value: Tensor) -> None:
         old = self._old[name]
+        self._check(name, value)
         if self._convert is not None:
             value = self._convert(name, value)
         new = nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point())
