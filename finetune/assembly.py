@@ -31,10 +31,12 @@ from finetune.model.config import ModelConfig, Recompute
 from finetune.model.model import PADDING, HybridMoEForCausalLM, initialise
 from finetune.parallel.experts import attach
 from finetune.parallel.world import World
+from finetune.paths import expanded
 from finetune.planner import GIB, Machine, plan
 from finetune.recipe import Recipe, RecipeError, resolve
 from finetune.recipe_sections import Source as RecipeSource
 from finetune.recompute import asked_for, described
+from finetune.run_folder import folder_of
 from finetune.zero import zeros_on_disk
 
 Say = Callable[[str], None]
@@ -81,9 +83,9 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
     for name, norm in prove_reach(model, one_micro_batch, recipe.router, world).items():
         say(f"proved: the loss of {name} reaches what trains (gradient norm {norm:.3g})")
 
-    if recipe.parallel.offload_path:
+    if recipe.parallel.offload == "nvme" and recipe.parallel.offload_path:
         with world.together(RecipeError):  # room for all of it is asked for when it is known how much
-            zeros_on_disk(recipe.parallel.offload_path, torch.empty(1))
+            zeros_on_disk(expanded(recipe.parallel.offload_path), torch.empty(1))
     accumulation = recipe.accumulation(world.size)
     loader = Loader(
         train,
@@ -156,7 +158,7 @@ def datasets(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | N
         DataError: a source is missing, holds rows that cannot be read, or leaves nothing to train on.
     """
     data = recipe.data
-    cache = Path(data.cache).absolute() if data.cache else Path(recipe.output.dir).absolute() / ".cache"
+    cache = expanded(data.cache).absolute() if data.cache else folder_of(recipe).parent / ".cache"
 
     def prepared(sources: Sequence[RecipeSource]) -> Dataset:
         return prepare(

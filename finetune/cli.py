@@ -7,6 +7,8 @@ is told within a second.
 
 import argparse
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from finetune.failure import is_told, tell, told_by_every_host
 from finetune.gpus import gpus
 from finetune.hosts import describe, read_hostfile, run_on_hosts
 from finetune.parallel.slurm import task_environment
+from finetune.paths import path_problem
 from finetune.recipe import Recipe, load_recipe, resolve
 from finetune.run_folder import (
     check_folder,
@@ -28,7 +31,10 @@ from finetune.run_folder import (
     run_of_step,
     stopped_step,
 )
+from finetune.wording import shown
 
+MOST_RANKS = 2**16
+LARGEST = 1e12  # of what is measured in GiB or Gbit/s
 STOPPED = 3  # exit code of `finished` for a run that saved and stopped because it was asked to; launch.sh knows it
 
 
@@ -40,12 +46,17 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose mistakes are told like all others: in one sentence, by one rank."""
 
     def error(self, message: str) -> NoReturn:
+        # What argparse says of `--recipe -x.yaml`, whose value it takes for another option.
+        lacks_value = re.fullmatch(r"argument (-\S+): expected one argument", message)
+        if lacks_value:
+            message = f"{lacks_value[1]} needs a value; one that begins with '-' is written {lacks_value[1]}=VALUE"
         raise UsageError(f"{message}; see: {self.prog} --help")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; return its exit code."""
     try:
+        _check_current_folder()
         options = _parser().parse_args(arguments)
         command: Callable[[argparse.Namespace], int] = options.command
         if command in (train, data, export, summary, replay):
@@ -56,6 +67,12 @@ def main(arguments: Sequence[str]) -> int:
             raise
         tell(error)
         return 2
+    except KeyboardInterrupt:
+        print("nextune: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def train(options: argparse.Namespace) -> int:
@@ -152,7 +169,10 @@ def hosts(options: argparse.Namespace) -> int:
 
 def across(options: argparse.Namespace) -> int:
     """Run a command on every host of a hostfile by ssh, and end it everywhere when it fails on one."""
-    return run_on_hosts(read_hostfile(options.hostfile), options.words, os.environ)
+    hosts = read_hostfile(options.hostfile)
+    if not options.words:
+        raise UsageError("across: names no command to run on the hosts; write it behind the hostfile")
+    return run_on_hosts(hosts, options.words, os.environ)
 
 
 def keys(_: argparse.Namespace) -> int:
@@ -169,6 +189,18 @@ def _name_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def _check_current_folder() -> None:
+    """Relative paths and libraries need one.
+
+    Raises:
+        UsageError: it was deleted while the shell stood in it.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(f"the current folder cannot be used ({error.strerror}); cd to one that exists") from None
+
+
 def _recipe(options: argparse.Namespace) -> Recipe:
     path = resolve(str(options.recipe)) or options.recipe
     return load_recipe(path, options.set)
@@ -179,59 +211,86 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (train, ranks, plan, data, finished):
         sub = _add(commands, command)
-        sub.add_argument("--recipe", type=Path, required=True, help="recipe file, from here or from the checkout")
+        sub.add_argument("--recipe", type=_path, required=True, help="recipe file, from here or from the checkout")
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. optim.lr=1e-4")
         if command is train:
             sub.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
         if command is plan:
-            sub.add_argument("--ranks", type=_positive(int), help="plan for so many ranks, not for this machine")
-            sub.add_argument("--nodes", type=_positive(int), help="over how many machines the ranks are spread evenly")
+            sub.add_argument(
+                "--ranks", type=_count(most=MOST_RANKS), help="plan for so many ranks, not for this machine"
+            )
+            sub.add_argument(
+                "--nodes", type=_count(most=MOST_RANKS), help="over how many machines the ranks are spread evenly"
+            )
             sub.add_argument(
                 "--network-gbit",
-                type=_positive(float),
+                type=_positive,
                 help="what the network of one machine carries each way, in Gbit/s over all its cards; gives the time"
                 " of the exchange between machines",
             )
             sub.add_argument(
                 "--node-gbit",
-                type=_positive(float),
+                type=_positive,
                 help="what the links of one GPU to the others of its machine carry each way, in Gbit/s; NVLink of an"
                 " H100 or H200 (3600) where there is one",
             )
             sub.add_argument(
-                "--device-gib", type=_positive(float), help="plan for GPUs with so much memory, not for this machine"
+                "--device-gib", type=_positive, help="plan for GPUs with so much memory, not for this machine"
             )
         if command is data:
-            sub.add_argument("--show", type=int, default=1, metavar="N", help="how many sequences")
+            sub.add_argument("--show", type=_count(), default=1, metavar="N", help="how many sequences")
     for command in (export, summary):
         sub = _add(commands, command)
-        sub.add_argument("run", type=Path, metavar="RUN", help="run folder, such as runs/tiny")
+        sub.add_argument("run", type=_path, metavar="RUN", help="run folder, such as runs/tiny")
         if command is export:
-            sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
+            sub.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder to write; must not exist")
             sub.add_argument("--format", choices=("merged", "adapter"), required=True)
             sub.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest, best or step-N")
     sub = _add(commands, replay)
-    sub.add_argument("step", type=Path, metavar="STEP", help="folder that keeps it, such as runs/tiny/crash/step-40")
-    sub.add_argument("--model", type=Path, metavar="DIR", help="weights, such as a merged export; the base without it")
+    sub.add_argument("step", type=_path, metavar="STEP", help="folder that keeps it, such as runs/tiny/crash/step-40")
+    sub.add_argument("--model", type=_path, metavar="DIR", help="weights, such as a merged export; the base without it")
     for command in (hosts, across):
         sub = _add(commands, command)
-        sub.add_argument("hostfile", type=Path, metavar="HOSTFILE", help="lines of NAME slots=N")
+        sub.add_argument("hostfile", type=_path, metavar="HOSTFILE", help="lines of NAME slots=N")
         if command is hosts:
-            sub.add_argument("--node-rank", type=int, default=0, metavar="I", help="which host, from 0")
+            sub.add_argument("--node-rank", type=_count(least=0), default=0, metavar="I", help="which host, from 0")
         else:
             sub.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="and its arguments")
     _add(commands, keys)
     return parser
 
 
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+def _positive(text: str) -> float:
+    value = _number(float, text)
+    if not 0 < value < LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and below {LARGEST:g}")
+    return value
+
+
+def _count(least: int = 1, most: int | None = None) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        value = int(_number(int, text))
+        if value < least or (most is not None and value > most):
+            limit = f"of at least {least}" if most is None else f"from {least} to {most:,}"
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number {limit}")
         return value
 
-    return number
+    return count
+
+
+def _number(kind: type[int] | type[float], text: str) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {what}") from None
+
+
+def _path(text: str) -> Path:
+    problem = path_problem(text)
+    if problem is not None:
+        raise argparse.ArgumentTypeError(f"the path {shown(text)} {problem}")
+    return Path(text)
 
 
 def _add(

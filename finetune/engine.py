@@ -20,6 +20,7 @@ from finetune.model.model import HybridMoEForCausalLM
 from finetune.optim import adamw, parameter_groups
 from finetune.parallel.experts import is_expert_parameter, is_marked
 from finetune.parallel.world import World, group_name
+from finetune.paths import expanded
 from finetune.recipe import Recipe
 from finetune.zero import MOMENTS, Replicated, Sharded
 
@@ -97,9 +98,10 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     if recipe.parallel.offload != "none":
+        path = recipe.parallel.offload_path
         config["zero_optimization"]["offload_optimizer"] = {
             "device": recipe.parallel.offload,
-            "nvme_path": recipe.parallel.offload_path,
+            "nvme_path": path and str(expanded(path)),
             "pin_memory": recipe.parallel.offload == "cpu" and on_gpu,
         }
     if dtype == torch.bfloat16:

@@ -1,5 +1,6 @@
 """How a command fails: a mistake of the user is told in one sentence; what is our fault is kept with its traceback."""
 
+import io
 import json
 import os
 import platform
@@ -51,6 +52,15 @@ def told_by_every_host() -> Iterator[None]:
         if is_told(error) and os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0":
             print(f"nextune: {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         raise
+
+
+def write_any_text() -> None:
+    """Let standard output take every character, as an escape where the terminal's encoding has none for it.
+
+    A path of a user, or a bar of a chart, must not end a command.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def leave(code: int) -> NoReturn:

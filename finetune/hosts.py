@@ -16,10 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from finetune.wording import shown
+from monitoring.json_file import FileError, read_bytes
+
 # Settings of the libraries below us that a user makes here and means everywhere. No tokens: a command line is public.
 FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
 # A host that is switched off ends its ssh after a minute instead of never.
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
+MOST_BYTES = 1 << 20
 SECONDS_TO_SPEAK = 30  # for the other hosts to notice by themselves, and say so, that one has failed
 SECONDS_TO_END = 660  # launch.sh on a host gives its ranks ten minutes to save
 SECONDS_TO_REPEAT = 2  # a signal that comes again within these is still the first: `timeout` sends it twice
@@ -44,17 +48,18 @@ def read_hostfile(path: Path) -> list[Host]:
         HostError: no such file, a line that is none, a host twice, or no host at all.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise HostError(f"{path}: no readable hostfile here ({error}); every host needs it at this path") from None
+        lines = read_bytes(path, MOST_BYTES).decode().splitlines()
+    except (FileError, UnicodeDecodeError) as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise HostError(f"{path}: no readable hostfile here ({why}); every host needs it at this path") from None
     hosts: list[Host] = []
     for number, line in enumerate(lines, start=1):
         words = line.partition("#")[0].strip()
         if not words:
             continue
-        found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", words)
+        found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d{0,4})", words, re.ASCII)
         if found is None:
-            raise HostError(f"{path}:{number}: '{words}' is not NAME slots=N, such as node1 slots=8")
+            raise HostError(f"{path}:{number}: {shown(words)} is not NAME slots=N, such as node1 slots=8")
         if found[1] in [host.name for host in hosts]:
             raise HostError(f"{path}:{number}: {found[1]} is there twice; give it one line with all its slots")
         hosts.append(Host(found[1], int(found[2])))
@@ -69,7 +74,7 @@ def describe(hosts: Sequence[Host], node: int) -> str:
     Raises:
         HostError: there is no such host.
     """
-    if node >= len(hosts):
+    if not 0 <= node < len(hosts):
         raise HostError(f"--node-rank {node}: the hostfile names {len(hosts)} host(s), numbered from 0")
     return f"{sum(host.slots for host in hosts)} {len(hosts)} {hosts[node].slots} {address(hosts[0])}"
 

@@ -19,8 +19,9 @@ from finetune.model.config import ModelConfig
 from finetune.parallel import world as worlds
 from finetune.ranks import fit_to_ranks
 from finetune.recipe import Recipe, RecipeError
-from finetune.recipe_notes import notes
-from finetune.run_folder import check_folder, folder_of, hold, is_complete, lost_checkpoint
+from finetune.run_folder import check_folder, folder_of, is_complete, lost_checkpoint
+from finetune.run_place import hold
+from finetune.start_notes import start_notes
 from finetune.trainer import Run, TrainingError
 from finetune.watch import STALL_SECONDS, Watch
 
@@ -54,7 +55,7 @@ def train_here(recipe: Recipe) -> int:
         recipe = fit_to_ranks(recipe, size, say)
         recipe.accumulation(size)
         recipe.check_ranks(size, config.num_experts)
-        for sentence in notes(recipe):
+        for sentence in start_notes(recipe, config, folder):
             say(f"note: {sentence}")
         world = worlds.start(recipe.parallel.expert)
     _run(recipe, folder, base, world, say)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from finetune import recipe_rules, wording, yaml_tree
+from finetune.paths import expanded, path_problem
 from finetune.recipe_sections import (
     Checkpoint,
     Data,
@@ -32,6 +33,8 @@ from finetune.recipe_sections import (
 )
 from finetune.yaml_tree import Mistake, Node, Plain
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+LONGEST_NAME = 100
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -42,7 +45,7 @@ class RecipeError(ValueError):
 class Recipe(Section):
     """Every setting of one run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = ""
+    name: Annotated[str, Field(pattern=f"^{NAME}$", max_length=LONGEST_NAME)] = ""
     """Name of the run and of its folder; the recipe's file name by default."""
     model: Model
     """The model that is trained."""
@@ -112,14 +115,15 @@ def load_recipe(
     Raises:
         RecipeError: everything that is wrong with it, one line each.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # which, unlike Path.exists, is False for what cannot be seen
         path = resolve(str(path), root) or path
     tree, mistakes = yaml_tree.read_file(path)
     if tree is None:
         raise _error(mistakes)
     yaml_tree.apply_overrides(tree, overrides, mistakes)
     assert isinstance(tree.value, dict)
-    tree.value.setdefault("name", Node(path.stem, tree.place))
+    if "name" not in tree.value:
+        tree.value["name"] = Node(_name_of(path, tree, mistakes), tree.place)
     recipe = _validate(tree, mistakes)
     wrong = [mistake.key for mistake in mistakes]
     for keys, rule in recipe_rules.RULES:
@@ -136,9 +140,11 @@ def load_recipe(
 
 def resolve(path: str, root: Path = CHECKOUT) -> Path | None:
     """The existing file, folder or glob that `path` means: from the current folder, else from `root`; or None."""
-    given = Path(path).expanduser()
+    if path_problem(path) is not None:
+        return None
+    given = expanded(path)
     for place in (Path.cwd() / given, root / given):
-        if place.exists() or any(glob.iglob(str(place), recursive=True)):
+        if os.path.exists(place) or any(glob.iglob(str(place), recursive=True)):
             return Path(os.path.normpath(place))
     return None
 
@@ -162,6 +168,18 @@ def schema_text() -> str:
 def explain() -> str:
     """Every key with its unit or choices, its default and what it does, as lines of text."""
     return wording.table(json_schema())
+
+
+def _name_of(path: Path, tree: Node, mistakes: list[Mistake]) -> str:
+    """The name that a recipe takes from its file; one that no run can have is a mistake."""
+    if re.fullmatch(NAME, path.stem) and len(path.stem) <= LONGEST_NAME:
+        return path.stem
+    sentence = (
+        f"missing, and the file's own, {wording.shown(path.stem)}, cannot be that of a run; write one of at most"
+        f" {LONGEST_NAME} letters, digits, '.', '_' and '-' that starts with a letter or digit"
+    )
+    mistakes.append(Mistake(tree.place, "name", sentence))
+    return "x"
 
 
 def _validate(tree: Node, mistakes: list[Mistake]) -> Recipe:
@@ -208,6 +226,8 @@ def _missing_paths(tree: Node, root: Path) -> Iterator[Mistake]:
     """Sources, and a model folder, that are not on this machine."""
     for key, place, path in _written_paths(tree):
         found = resolve(path, root)
+        if path_problem(path) is not None:
+            continue  # said of the setting itself
         if found is None and not (key == "model.path" and is_hub_id(path, root)):
             yield Mistake(place, key, f"'{path}' exists neither in the current folder nor in {root}")
         elif found is not None and key == "model.path" and not found.is_dir():

@@ -3,6 +3,7 @@
 A setting that merely has no effect is no contradiction; `finetune/recipe_notes.py` says so.
 """
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,12 @@ def _sources_problem(recipe: "Recipe") -> str | None:
     return f"{', '.join(both)} is in data.train too; held-out rows must not be trained on" if both else None
 
 
+def _output_problem(recipe: "Recipe") -> str | None:
+    if os.path.normpath(recipe.output.dir).strip("/"):
+        return None
+    return "is the root of the file system; name a folder for runs in it"
+
+
 # The settings that a rule reads, the one that its sentence is about first, and the rule: what is wrong, or None.
 RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
     (
@@ -123,4 +130,5 @@ RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
     (("lora.dropout", "lora.targets"), _dropout_problem),
     (("model.init", "lora", "router.train"), _init_problem),
     (("data.eval", "data.train"), _sources_problem),
+    (("output.dir",), _output_problem),
 )

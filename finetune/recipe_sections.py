@@ -5,7 +5,10 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from finetune.paths import path_problem
 
 MixerTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]
 Target = Literal[MixerTarget, "shared_expert", "experts"]
@@ -32,9 +35,20 @@ Tokens = Annotated[int, Field(gt=0, json_schema_extra={"unit": "tokens"})]
 Steps = Annotated[int, Field(gt=0, json_schema_extra={"unit": "steps"})]
 StepsOrNever = Annotated[int, Field(ge=0, json_schema_extra={"unit": "steps"})]
 Count = Annotated[int, Field(gt=0)]
+Ranks = Annotated[int, Field(gt=0, le=2**16)]
 Fraction = Annotated[float, Field(ge=0, lt=1, json_schema_extra={"unit": "fraction"})]
 Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _possible(text: str) -> str:
+    problem = path_problem(text)
+    if problem is not None:
+        raise PydanticCustomError("path", "{problem}", {"problem": problem})
+    return text
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_possible)]
 
 
 class Section(BaseModel):
@@ -46,7 +60,7 @@ class Section(BaseModel):
 class Model(Section):
     """The model that is trained."""
 
-    path: Text
+    path: PathText
     """Folder of the checkpoint, or the hub id of one (Qwen/Qwen3-Coder-Next)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
@@ -57,7 +71,7 @@ class Model(Section):
 class Source(Section):
     """One place that rows come from."""
 
-    path: Text
+    path: PathText
     """File or folder of rows, or a glob (rows/**/*.jsonl)."""
     format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """What a row holds; auto tells by its columns."""
@@ -76,7 +90,7 @@ class Data(Section):
     """What to do about a row that cannot be read; skipped rows are counted and reported."""
     over_long: Literal["drop", "stop"] = "drop"
     """What to do about a conversation longer than train.sequence_tokens; text is split instead."""
-    cache: Text | None = None
+    cache: PathText | None = None
     """Folder of tokenised data; null is .cache in output.dir."""
 
 
@@ -88,7 +102,7 @@ class Train(Section):
     epochs: Annotated[float, Field(ge=0, allow_inf_nan=False, json_schema_extra={"unit": "epochs"})] = 0.0
     """Passes over the training data, in place of train.steps; 0.5 is half of it. The steps are as many as it takes for
     every sequence to be seen that often, rounded up."""
-    sequence_tokens: Tokens = 4096
+    sequence_tokens: Annotated[int, Field(ge=2, le=2**24, json_schema_extra={"unit": "tokens"})] = 4096
     """Length of a training sequence; no document reaches further."""
     micro_batch_tokens: Tokens = 4096
     """What one rank forwards at once: whole sequences."""
@@ -178,16 +192,16 @@ class Router(Section):
 class Parallel(Section):
     """How the work is divided over processes."""
 
-    ranks: Count = 1
+    ranks: Ranks = 1
     """Processes that are started where there is no GPU, and that `plan` assumes; with GPUs there is one for each."""
-    expert: Count = 1
+    expert: Ranks = 1
     """Ranks that share one copy of the experts; divides the ranks and the number of experts."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What ZeRO divides over the ranks: 0 nothing, 1 the optimizer's state, 2 the gradients too; 3, the weights too, is
     refused: parallel.expert divides nearly all of them."""
     offload: Literal["none", "cpu", "nvme"] = "none"
     """Where the optimizer's state is kept and updated: on the rank's device, in host memory, or on a disk."""
-    offload_path: Text | None = None
+    offload_path: PathText | None = None
     """Folder on a fast local disk for offload nvme; nothing stays in it after the run."""
 
 
@@ -234,5 +248,5 @@ class Checkpoint(Section):
 class Output(Section):
     """Where results go."""
 
-    dir: Text = "runs"
+    dir: PathText = "runs"
     """Folder that holds the run folder; relative to the current folder."""

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
+from finetune.paths import expanded
 from finetune.recipe import Recipe, RecipeError, dump, load_recipe
+from finetune.run_place import check_place, hold, marked_step
 from monitoring.files import replace_file
 from monitoring.json_file import FileError, read_object
 
@@ -29,12 +31,10 @@ FREE = (
     *("optim.lr", "optim.clip_norm", "router.balance.", "router.z_coefficient"),
 )
 
-SECONDS_TO_WAIT = 5  # for a process that is about to end: the same command may follow a killed one at once
-
 
 def folder_of(recipe: Recipe) -> Path:
     """The run's folder, made absolute."""
-    return Path(recipe.output.dir).absolute() / recipe.name
+    return expanded(recipe.output.dir).absolute() / recipe.name
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -44,7 +44,7 @@ def recipe_of(run: Path) -> Recipe:
         RecipeError: no recipe there.
     """
     stored = run / "recipe.yaml"
-    if not stored.exists():
+    if not os.path.exists(stored):
         raise RecipeError(f"{run}: not the folder of a run (it holds no recipe.yaml)")
     return load_recipe(stored, check_paths=False)
 
@@ -60,9 +60,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     Raises:
         RecipeError: it cannot, or the folder holds a run of another recipe; names the keys that differ.
     """
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(f"output.dir: {folder} cannot be written, because {there} is not a folder open to you")
+    check_place(folder)
     stored = folder / "recipe.yaml"
     now = flatten(recipe.model_dump(mode="json"))
     if stored.exists():
@@ -94,27 +92,9 @@ def claim(folder: Path, recipe: Recipe) -> FileLock:
     return held
 
 
-def hold(folder: Path) -> FileLock:
-    """Keep other processes from training in the folder until the lock is released or this process ends in any way.
-
-    Raises:
-        RecipeError: another process holds it.
-    """
-    held = FileLock(folder / ".lock")
-    try:
-        held.acquire(timeout=SECONDS_TO_WAIT)
-    except Timeout:
-        raise RecipeError(
-            f"{folder}: another process is training this run; stop it first, or give this one a name of its own"
-            " (--set name=...)"
-        ) from None
-    return held
-
-
 def finished_step(folder: Path) -> int | None:
     """The last step of a run that ended well, or None. An exit code alone proves nothing under a launcher."""
-    marker = folder / "finished.json"
-    return int(json.loads(marker.read_text(encoding="utf-8"))["step"]) if marker.exists() else None
+    return marked_step(folder / "finished.json")
 
 
 def lost_checkpoint(folder: Path) -> str | None:
@@ -163,8 +143,7 @@ def mark_finished(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def stopped_step(folder: Path) -> int | None:
     """The step after which the last start of a run was stopped in order and can be gone on from, or None."""
-    marker = folder / "stopped.json"
-    return int(json.loads(marker.read_text(encoding="utf-8"))["step"]) if marker.exists() else None
+    return marked_step(folder / "stopped.json")
 
 
 def mark_stopped(folder: Path, facts: Mapping[str, Any]) -> None:

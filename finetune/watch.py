@@ -76,8 +76,10 @@ class Watch:
             self._launcher = _ancestors()
         with suppress(OSError):  # the run folder's mistakes are told by those who need it
             self._stack_path.parent.mkdir(parents=True, exist_ok=True)
-        place = self._stack_path if os.access(self._stack_path.parent, os.W_OK) else Path(os.devnull)
-        self._stack_file = place.open("a")  # what an earlier hang left stays
+        try:
+            self._stack_file = self._stack_path.open("a")  # what an earlier hang left stays
+        except OSError:
+            self._stack_file = Path(os.devnull).open("a")  # noqa: SIM115
         self._thread.start()
 
     def heed_signals(self) -> None:

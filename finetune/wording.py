@@ -150,6 +150,10 @@ _SENTENCES: dict[str, _Sentence] = {
     "less_than_equal": lambda setting, limits, found: f"must be at most {limits['le']:g}, found {found}",
     "finite_number": lambda setting, limits, found: f"expected a finite number, found {found}",
     "too_short": lambda setting, limits, found: "needs at least one item",
+    "string_too_long": lambda setting, limits, found: (
+        f"may have at most {limits['max_length']} characters, found {found}"
+    ),
+    "path": lambda setting, limits, found: limits["problem"],
     "string_too_short": lambda setting, limits, found: "must not be empty",
     "string_pattern_mismatch": lambda setting, limits, found: (
         f"may hold letters, digits, '.', '_' and '-' and starts with a letter or digit, found {found}"

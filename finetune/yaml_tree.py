@@ -7,6 +7,7 @@ merge keys, tags, directives, several documents. Nothing here knows what a recip
 
 import io
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ _NOT_FINITE = {sign + word: float(sign + word[1:]) for sign in ("", "+", "-") fo
 }
 _LONGEST_NUMBER = 100  # characters; what is longer stays text
 _DEEPEST = 20  # levels of nesting
+_MOST_BYTES = 1 << 20
+_SHOWN_CHARACTERS = 200
+_LARGEST = 2**53  # beyond it a float64, which memory and time are computed in, is not exact
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # an escape of a quoted scalar can make them
 
 
 class Place(NamedTuple):
@@ -111,6 +116,11 @@ def read_file(path: Path) -> tuple[Node | None, list[Mistake]]:
     """The tree of a settings file and what is wrong with it; no tree when the file cannot be read at all."""
     whole = Place(str(path), 0)
     try:
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # reading a FIFO may wait for ever
+            return None, [Mistake(whole, "", "not a regular file; write the settings into one")]
+        if status.st_size > _MOST_BYTES:
+            return None, [Mistake(whole, "", f"has {status.st_size:,} bytes, too many for a file of settings")]
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return None, [Mistake(whole, "", "no such file")]
@@ -183,9 +193,14 @@ def scalar(text: str) -> Scalar:
 
 
 def _apply_override(root: Node, assignment: str, mistakes: list[Mistake]) -> None:
-    place = Place(f"--set {assignment}", 0)
+    shown = assignment.encode("utf-8", "backslashreplace").decode()
+    shown = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+    place = Place(f"--set {shown}", 0)
     dotted, equals, text = assignment.partition("=")
     dotted = dotted.strip()
+    if _NO_TEXT.search(assignment):
+        mistakes.append(Mistake(place, "", "is not UTF-8 text"))
+        return
     if not equals or not all(dotted.split(".")):
         mistakes.append(Mistake(place, "", "expected key=value, such as optim.lr=1e-4"))
         return
@@ -268,11 +283,18 @@ def _compose(
         return Node(items, place)
     if not isinstance(event, ScalarEvent):
         return Node(None, place)  # an alias, reported above
+    if _NO_TEXT.search(event.value):
+        mistakes.append(Mistake(place, dotted, "holds half of a surrogate pair or a NUL character, which is no text"))
+        return Node(None, place)
     if event.style is not None:
         return Node(event.value, place)  # quoted: text whatever it looks like
     if not event.value:
         mistakes.append(Mistake(place, dotted, "has no value; write one (null if nothing is meant) or delete the line"))
-    return Node(scalar(event.value), place)
+    value = scalar(event.value)
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        mistakes.append(Mistake(place, dotted, f"{event.value} is larger than any setting may be"))
+        return Node(None, place)
+    return Node(value, place)
 
 
 def _mapping(events: Iterator[Event], start: Place, mistakes: list[Mistake], keys: tuple[str, ...]) -> dict[str, Node]:
@@ -282,6 +304,8 @@ def _mapping(events: Iterator[Event], start: Place, mistakes: list[Mistake], key
         if not isinstance(event, ScalarEvent):
             raise _Unreadable(Mistake(place, ".".join(keys), "a key must be a single word"))
         name = event.value
+        if _NO_TEXT.search(name):
+            raise _Unreadable(Mistake(place, ".".join(keys), f"the key {name!r} is no text"))
         dotted = ".".join((*keys, name))
         child = _compose(events, next(events), place, start, mistakes, (*keys, name))
         if name == "<<":

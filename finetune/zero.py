@@ -229,7 +229,8 @@ def zeros_on_disk(folder: str | Path, like: Tensor) -> Tensor:
             f"parallel.offload_path: {folder}: cannot hold {size / 1e9:.2f} GB more of the optimizer's state"
             f" ({error.strerror}); free space there, or name a folder on another disk"
         ) from None
-    return torch.frombuffer(mapped, dtype=torch.float32, count=like.numel()).view(like.shape)
+    # Of the whole file, since torch refuses a buffer of nothing: a rank may have no share of a group.
+    return torch.frombuffer(mapped, dtype=torch.float32)[: like.numel()].view(like.shape)
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ FILES = sorted(path for name in ("finetune", "data", "monitoring") for path in (
 
 STAGES = ("finetune", "data", "monitoring")
 RECIPE = (
+    "finetune.paths",
     "finetune.recipe",
     "finetune.recipe_notes",
     "finetune.recipe_rules",
@@ -52,6 +53,7 @@ READING = "monitoring.json_file"
 ALLOWED = {
     "finetune/losses.py": (),
     "finetune/recipe": RECIPE,
+    "finetune/paths.py": (),
     "finetune/wording.py": (),
     "finetune/yaml_tree.py": (),
     "finetune/planner.py": PLAN,

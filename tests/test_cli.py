@@ -41,7 +41,7 @@ def test_every_command_says_what_it_does(command: str, capsys: pytest.CaptureFix
         (["trian"], "invalid choice: 'trian'"),
         (["train"], "the following arguments are required: --recipe"),
         (["train", "--recipe", "r", "--steps", "3"], "unrecognized arguments: --steps 3"),
-        (["plan", "--recipe", "r", "--ranks", "0"], "argument --ranks: 0 is not above 0"),
+        (["plan", "--recipe", "r", "--ranks", "0"], "argument --ranks: 0 is not a whole number from 1 to 65,536"),
         (["export", "r", "--to", "d", "--format", "gguf"], "invalid choice: 'gguf'"),
     ],
 )

@@ -535,7 +535,7 @@ def test_every_setting_is_explained() -> None:
     for key in KEYS:
         assert f"  {key}  [" in table or f"{key}  [" in table.splitlines()[0]
         assert SETTINGS[key]["description"].split()[0] in table
-    assert "\n  train.sequence_tokens  [tokens > 0; default 4096]\n" in table
+    assert "\n  train.sequence_tokens  [tokens >= 2, <= 16,777,216; default 4096]\n" in table
     assert "\n  optim.schedule  [constant | constant_with_warmup | linear | cosine | wsd; default 'cosine']\n" in table
     assert "\n  model.path  [text; required]\n" in table
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import run_folder
+from finetune import run_place
 from finetune.failure import is_told, record_crash
 from finetune.recipe import Recipe, RecipeError, load_recipe
 from finetune.run_folder import (
@@ -17,11 +17,11 @@ from finetune.run_folder import (
     claim,
     finished_step,
     folder_of,
-    hold,
     is_complete,
     lost_checkpoint,
     mark_finished,
 )
+from finetune.run_place import hold
 from monitoring.files import replace_file
 from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT
@@ -104,13 +104,13 @@ def test_a_folder_is_held_until_released_or_its_process_is_gone(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folder_of(recipe)
-    monkeypatch.setattr(run_folder, "SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr(run_place, "SECONDS_TO_WAIT", 0.1)
     held = claim(folder, recipe)
     with pytest.raises(RecipeError, match="another process is training this run; stop it first"):
         claim(folder, recipe)
     held.release()
     hold(folder).release()
-    code = "import sys, time; from pathlib import Path; from finetune.run_folder import hold\n"
+    code = "import sys, time; from pathlib import Path; from finetune.run_place import hold\n"
     code += "held = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None

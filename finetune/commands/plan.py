@@ -1,5 +1,6 @@
 """`plan` and `ranks`: what a run needs, and how many ranks this machine starts. Import no torch."""
 
+import os
 import shutil
 import sys
 
@@ -12,8 +13,8 @@ from finetune.plan_text import render
 from finetune.planner import GIB, Machine, model_config, plan
 from finetune.ranks import fit_to_ranks, ranks_here
 from finetune.recipe import Recipe, RecipeError
-from finetune.recipe_notes import notes
 from finetune.run_folder import folder_of
+from finetune.start_notes import start_notes
 
 
 def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_gib: float | None, links: Links) -> int:
@@ -32,7 +33,7 @@ def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_g
     recipe, steps = planned_steps(recipe)
     machine = _machine(recipe, ranks, nodes, device_gib, links)
     planned = plan(config, fit_to_ranks(recipe, machine.ranks, print), machine)
-    for sentence in notes(recipe):
+    for sentence in start_notes(recipe, config, folder_of(recipe)):
         print(f"note: {sentence}")
     for sentence in steps:
         print(sentence)
@@ -59,7 +60,7 @@ def _machine(recipe: Recipe, ranks: int | None, nodes: int | None, device_gib: f
     if nodes is not None and nodes > ranks:
         raise RecipeError(f"{recipe.name}: {ranks} rank(s) cannot be spread over {nodes} machines")
     per_node = -(-ranks // nodes) if nodes else ranks if device_gib is None else min(ranks, 8)
-    here = next(place for place in (folder_of(recipe), *folder_of(recipe).parents) if place.exists())
+    here = next(place for place in (folder_of(recipe), *folder_of(recipe).parents) if os.path.exists(place))
     disk = shutil.disk_usage(here).free
     if device_gib is not None:
         return Machine(
