@@ -556,6 +556,7 @@ def test_a_state_on_disk_leaves_no_file_and_names_a_disk_that_is_full(
     assert (zeros.shape, zeros.dtype, zeros.any()) == ((3, 5), torch.float32, False)
     zeros.add_(1)
     assert zeros.sum() == 15
+    assert zeros_on_disk(tmp_path, torch.empty(0)).shape == (0,)  # a rank without a share of a group
     assert not list(tmp_path.iterdir())
     with pytest.raises(RecipeError, match=r"^parallel\.offload_path: .*absent: cannot hold 0\.00 GB more"):
         zeros_on_disk(tmp_path / "absent", torch.empty(2))
