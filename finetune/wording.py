@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from finetune.familiar import familiar, familiar_value
+
 _SHOWN_CHARACTERS = 60
 _ITEM = "N"  # stands for the number of a list item in the names of settings
 
@@ -40,7 +42,10 @@ def sentence(error: ErrorDetails, settings: dict[str, dict[str, Any]]) -> str:
         return f"missing; {setting['description'].splitlines()[0]}"
     choices = choices_of(setting)
     if choices:
-        return f"{shown(error['input'])} is not one of {', '.join(choices)}{did_you_mean(str(error['input']), choices)}"
+        value = str(error["input"])
+        answer = familiar_value(key, value)
+        hint = f"; {answer}" if answer else did_you_mean(value, choices)
+        return f"{shown(error['input'])} is not one of {', '.join(choices)}{hint}"
     return _SENTENCES[error["type"]](setting, error.get("ctx", {}), shown(error["input"]))
 
 
@@ -126,6 +131,8 @@ def _elsewhere(key: str, settings: dict[str, dict[str, Any]]) -> str:
     others = [other for other in settings if other.rpartition(".")[2] == name and _ITEM not in other.split(".")]
     if others:
         return f" (there is {' and '.join(others)})"
+    if answer := familiar(name):
+        return f"; {answer}"
     siblings = list(settings[section]["properties"])
     return did_you_mean(name, siblings) or f"; known here: {', '.join(siblings)}"
 
