@@ -11,6 +11,7 @@ run at another expert parallel size. Every training adds a row to the file that 
     mfu                      operations that a step must do (recomputation left out) over the cards' peak
     peak_gib, planned_gib    tensors of rank 0: most at one time, and the plan's
     recompute                what the plan for these cards computes again in the backward pass
+    kernels                  fused or plain, as the recipe's section of that name says
     load_seconds             from the data's line to the weights' line of the console; trials of kernels included
     checkpoint_blocked_seconds, export_seconds, kill_and_resume
 """
@@ -39,6 +40,7 @@ from finetune.model.config import ModelConfig
 from finetune.planner import GIB, Machine, plan
 from finetune.recipe import load_recipe
 from finetune.recompute import described
+from finetune.throughput import form_of
 from finetune.working_bytes import RUNTIME_DEVICE_BYTES
 from monitoring.metrics import read_metrics
 
@@ -217,6 +219,7 @@ def trained(job: Job, console: Console) -> dict[str, Any]:
         "micro_batch_tokens": recipe.train.micro_batch_tokens,
         "accumulation": recipe.accumulation(job.cards),
         "recompute": described(config, made.recompute),
+        "kernels": form_of(recipe),
         "tokens_per_second": round(rate),
         "step_seconds": round(statistics.median(r["seconds"] for r in steps), 4),
         "mfu": round(rate * made.operations / (PEAK * job.cards), 4) if gpu else None,
@@ -282,8 +285,9 @@ def _last(console: Console) -> list[str]:
 def add_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row; it takes the place of one for the same device, cards, layout, layers and batch."""
     keys = ("device", "cards", "expert", "layers", "sequence_tokens", "micro_batch_tokens", "accumulation", "recompute")
+    keys += ("kernels",)
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = [old for old in rows if any(old[key] != row[key] for key in keys)]
+    rows = [old for old in rows if any(old.get(key) != row[key] for key in keys)]
     write_results(path, {"rows": [*rows, row]})
 
 

@@ -2,7 +2,7 @@
 
 from finetune.adapter_targets import all_linear_sentence
 from finetune.exchange_plan import Exchange
-from finetune.planner import FREE_FRACTION, GIB, SHARE_FUSED, SHARE_PLAIN, Plan
+from finetune.planner import FREE_FRACTION, GIB, Plan
 from finetune.recompute import described
 
 
@@ -39,7 +39,7 @@ def render(plan: Plan, source: str = "") -> str:
         *_disk(plan),
         "",
         "Assumed",
-        *(f"  - {sentence}" for sentence in _assumptions(plan)),
+        "  - experts receive even load; a rank whose experts receive twice as much keeps more rows",
     ]
     return "\n".join(lines) + "\n"
 
@@ -85,11 +85,15 @@ def _work(plan: Plan) -> list[str]:
     ]
     if not tokens:
         return [*lines, "  time: not known before the number of steps is"]
-    speed = plan.tokens_per_second
-    if speed is None:
-        return [*lines, "  time: no estimate; nothing of this kind was measured on this kind of machine"]
-    slow, fast = (tokens / rate for rate in speed)
-    return [*lines, f"  time: {_duration(fast)} to {_duration(slow)} ({speed[1]:,.0f} to {speed[0]:,.0f} tokens/s)"]
+    speed = plan.throughput
+    if isinstance(speed, str):
+        return [*lines, f"  time: no estimate; {speed}"]
+    fast, slow = tokens / speed.fastest, tokens / speed.slowest
+    return [
+        *lines,
+        f"  time: {_duration(fast)} to {_duration(slow)} ({speed.slowest:,.0f} to {speed.fastest:,.0f} tokens/s)",
+        f"  source of the time: {speed.source}",
+    ]
 
 
 def _exchange(made: Exchange) -> list[str]:
@@ -139,17 +143,6 @@ def _disk(plan: Plan) -> list[str]:
     if free is not None and free < plan.checkpoints_bytes:
         lines.append(f"  only {_gib(free)} GiB are free there: lower checkpoint.keep or set output.dir elsewhere")
     return lines
-
-
-def _assumptions(plan: Plan) -> list[str]:
-    sentences = ["experts receive even load; a rank whose experts receive twice as much keeps more rows"]
-    if plan.tokens_per_second is not None:
-        sentences.append(
-            f"time: {SHARE_PLAIN:.1%} to {SHARE_FUSED:.0%} of 798 TFLOP/s, measured on one H100 with adapters and"
-            " extrapolated from 8 layers to 48, every layer computed again: the low end with the definitions, the high"
-            " end with fused kernels; the exchange between ranks was not in that measurement"
-        )
-    return sentences
 
 
 def _row(name: str, size: int) -> str:

@@ -18,15 +18,10 @@ from finetune.arithmetic import attention_operations, recompute_operations, step
 from finetune.exchange_plan import NVLINK_GBIT, UNKNOWN, Exchange, Links, exchange
 from finetune.model.config import ALL, ModelConfig, Recompute
 from finetune.recipe import CHECKOUT, Recipe, RecipeError, resolve
+from finetune.throughput import REFERENCE, Estimate, Job, estimate
 
 GIB = 2**30
-REFERENCE = CHECKOUT / "recipes" / "reference" / "qwen3-coder-next.json"
 FREE_FRACTION = 0.08  # of a device, for what the allocator cannot use
-DENSE_PEAK = 798e12  # bfloat16 operations a second of an H100 or H200 (SXM)
-# Shares of that peak, recomputation not counted, measured with adapters on one H100 and extrapolated from 8 layers to
-# 48: the definitions; and fused kernels. Without recomputation the latter are faster by the last factor.
-SHARE_PLAIN, SHARE_FUSED = 0.034, 0.32
-SPEED_WITHOUT_RECOMPUTE = 1.32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +214,21 @@ class Plan:
         )
 
     @property
-    def tokens_per_second(self) -> tuple[float, float] | None:
-        """Slowest and fastest that all ranks together may be expected to be; None where nothing was measured."""
-        if not any(name in self.machine.device_name for name in ("H100", "H200")) or self.recipe.lora is None:
-            return None
-        faster = 1 + (SPEED_WITHOUT_RECOMPUTE - 1) * (1 - self.recomputed_share)
-        peak = DENSE_PEAK * self.machine.ranks * faster / self.operations
-        return SHARE_PLAIN * peak, SHARE_FUSED * peak
+    def throughput(self) -> Estimate | str:
+        """Tokens a second of all ranks together; or why there is no estimate."""
+        return estimate(
+            Job(
+                config=self.config,
+                recipe=self.recipe,
+                device=self.machine.device_name,
+                cards=self.machine.ranks,
+                layers_computed_again=any(map(any, self.recompute)),
+                operations=self.operations,
+                recomputed=self.recomputed,
+                accumulation=self.accumulation,
+                exchange=self.exchange,
+            )
+        )
 
 
 def model_config(recipe: Recipe, root: Path = CHECKOUT) -> tuple[ModelConfig, str]:

@@ -24,7 +24,7 @@ RECIPE = (
 )
 PLAN = (
     *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text", "finetune.state_bytes"),
-    "finetune.exchange_plan",
+    *("finetune.exchange_plan", "finetune.throughput"),
     *("finetune.recompute", "finetune.working_bytes", "finetune.adapter_targets"),
     *("finetune.recipe", "finetune.recipe_sections", "finetune.model.config"),
 )
@@ -40,6 +40,7 @@ FORBIDDEN = {
     "finetune/yaml_tree.py": ("torch", "deepspeed", "transformers"),
     "finetune/planner.py": ("torch", "deepspeed"),
     "finetune/state_bytes.py": ("torch", "deepspeed"),
+    "finetune/throughput.py": ("torch", "deepspeed"),
     "finetune/adapter_targets.py": ("torch", "deepspeed"),
     "finetune/working_bytes.py": ("torch", "deepspeed"),
     "finetune/recompute.py": ("torch", "deepspeed"),
@@ -63,6 +64,7 @@ ALLOWED = {
     "finetune/arithmetic.py": PLAN,
     "finetune/plan_text.py": PLAN,
     "finetune/exchange_plan.py": (),
+    "finetune/throughput.py": PLAN,
     "finetune/state_bytes.py": PLAN,
     "finetune/adapter_targets.py": PLAN,
     "finetune/working_bytes.py": PLAN,
