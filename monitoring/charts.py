@@ -25,28 +25,46 @@ PALETTE = np.array(
     ],
     dtype=np.float64,
 )
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 DEAD = (0, 0, 0)  # an expert without a row: off the scale, not its low end
 OCTAVES = 3  # the scale ends at 1/8 and 8 times the mean
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 LEFT, TOP, BOTTOM, MARGIN = 40, 22, 34, 10  # pixels
+BAR = 140  # pixels of the scale
+
+# A picture of indices into one table of colours is encoded six times as fast as one of colours: first DEAD, then the
+# scale, then shades from INK to BACKGROUND for the text.
+SCALE, SHADES = 239, 16
 
 
 def heatmap(snapshot: RoutingSnapshot) -> Image.Image:
     """The heat-map with layer numbers, expert numbers and the scale, about 1,100 pixels wide."""
     layers, experts = snapshot.counts.shape
     across, down = cell_size(layers, experts)
-    cells = np.kron(load_colours(snapshot.counts), np.ones((down, across, 1), dtype=np.uint8))
-    width, height = LEFT + max(across * experts, 360) + MARGIN, TOP + down * layers + BOTTOM
-    image = Image.new("RGB", (width, height), BACKGROUND)
-    image.paste(Image.fromarray(cells), (LEFT, TOP))
+    text = _text(snapshot, LEFT + max(across * experts, 360) + MARGIN, TOP + down * layers + BOTTOM, down)
+    pixels = 1 + SCALE + (np.asarray(text) // (256 // SHADES))
+    cells = load_levels(snapshot.counts).repeat(down, axis=0).repeat(across, axis=1)
+    pixels[TOP : TOP + cells.shape[0], LEFT : LEFT + cells.shape[1]] = cells
+    scale = slice(len(pixels) - BOTTOM + 10, len(pixels) - BOTTOM + 20)
+    pixels[scale, LEFT : LEFT + 10] = 0
+    pixels[scale, LEFT + 100 : LEFT + 100 + BAR] = 1 + np.linspace(0, SCALE - 1, BAR).round()
+    image = Image.fromarray(pixels.astype(np.uint8), mode="P")
+    image.putpalette(_colours().tobytes())
+    return image
+
+
+def _text(snapshot: RoutingSnapshot, width: int, height: int, down: int) -> Image.Image:
+    """Everything that is written, black on white: the title, the numbers of layers, the ends of the scale."""
+    image = Image.new("L", (width, height), 255)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default()
-    draw.text((LEFT, 4), f"load of {experts} experts, step {snapshot.step}", INK, font)
+    draw.text((LEFT, 4), f"load of {snapshot.experts} experts, step {snapshot.step}", 0, font)
     every = -(-12 // down)  # label only as many rows as there is room for
     for row, layer in list(enumerate(snapshot.layers))[::every]:
-        draw.text((LEFT - 6, TOP + row * down + down // 2), str(layer), INK, font, anchor="rm")
-    _draw_scale(image, draw, font)
+        draw.text((LEFT - 6, TOP + row * down + down // 2), str(layer), 0, font, anchor="rm")
+    middle = height - BOTTOM + 15
+    draw.text((LEFT + 14, middle), "no row", 0, font, anchor="lm")
+    draw.text((LEFT + 95, middle), f"1/{2**OCTAVES}", 0, font, anchor="rm")
+    draw.text((LEFT + 105 + BAR, middle), f"{2**OCTAVES} times the layer's mean", 0, font, anchor="lm")
     return image
 
 
@@ -55,30 +73,29 @@ def cell_size(layers: int, experts: int) -> tuple[int, int]:
     return max(2, 1024 // experts), min(24, max(8, 768 // layers))
 
 
-def load_colours(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The colour of every cell, (layers, experts, 3): load over the layer's mean on a logarithmic scale."""
+def load_levels(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """What every cell shows, (layers, experts): 0 without a row, else the level of its load over the layer's mean."""
     mean = counts.mean(axis=1, keepdims=True)
     relative = np.divide(counts, mean, out=np.zeros(counts.shape), where=mean > 0)
     position = (np.log2(np.where(relative > 0, relative, 1.0)) / OCTAVES + 1) / 2
-    colours = palette(np.clip(position, 0.0, 1.0))
-    colours[counts == 0] = DEAD
-    return colours
+    return np.where(counts == 0, 0, 1 + _level(np.clip(position, 0.0, 1.0))).astype(np.uint8)
 
 
 def palette(position: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Colours for positions from 0 (violet) to 1 (yellow), in one more axis."""
-    stops = np.linspace(0.0, 1.0, len(PALETTE))
-    return np.stack([np.interp(position, stops, channel).round() for channel in PALETTE.T], axis=-1).astype(np.uint8)
+    stops, levels = np.linspace(0.0, 1.0, len(PALETTE)), _level(position) / (SCALE - 1)
+    return np.stack([np.interp(levels, stops, channel).round() for channel in PALETTE.T], axis=-1).astype(np.uint8)
 
 
-def _draw_scale(image: Image.Image, draw: ImageDraw.ImageDraw, font: Font) -> None:
-    top, bar = image.height - BOTTOM + 10, 140
-    strip = np.broadcast_to(palette(np.linspace(0.0, 1.0, bar)), (10, bar, 3))
-    draw.rectangle((LEFT, top, LEFT + 9, top + 9), DEAD)
-    draw.text((LEFT + 14, top + 5), "no row", INK, font, anchor="lm")
-    image.paste(Image.fromarray(np.ascontiguousarray(strip)), (LEFT + 100, top))
-    draw.text((LEFT + 95, top + 5), f"1/{2**OCTAVES}", INK, font, anchor="rm")
-    draw.text((LEFT + 105 + bar, top + 5), f"{2**OCTAVES} times the layer's mean", INK, font, anchor="lm")
+def _level(position: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The nearest level of the scale, from 0."""
+    return np.asarray(position * (SCALE - 1)).round().astype(np.int64)
+
+
+def _colours() -> NDArray[np.uint8]:
+    """The table of colours, (256, 3)."""
+    shades = np.linspace(INK, BACKGROUND, SHADES).round().astype(np.uint8)
+    return np.concatenate((np.array([DEAD], np.uint8), palette(np.linspace(0.0, 1.0, SCALE)), shades))
 
 
 def heatmap_png(snapshot: RoutingSnapshot) -> bytes:

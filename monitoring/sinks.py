@@ -1,12 +1,18 @@
 """Where records go. Every sink is fed the same records, and none of them can stop a run.
 
+Sinks that take long (pictures, compressed files, W&B) are fed by one thread beside the training, in the same order. A
+kill loses the records that this thread has not written yet, at most `MOST_WAITING`; metrics.jsonl and the console are
+written before training goes on.
+
 Only rank 0 holds sinks; another rank holds `Sinks([])`, so the training loop need not ask who it is.
 """
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,6 +30,8 @@ from monitoring.routing import (
 )
 
 WandbMode = Literal["offline", "online", "off"]
+
+MOST_WAITING = 64  # records for the sinks beside the training; one of 48 layers with 512 experts holds 0.2 MB
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +73,17 @@ class RoutingFiles:
 class Sinks:
     """All the sinks of a run. One that raises is closed to further records, with one message; the others go on."""
 
-    def __init__(self, sinks: Sequence[Sink]):
-        self._sinks = list(sinks)
+    def __init__(self, sinks: Sequence[Sink], beside: Sequence[Sink] = ()):
+        """Feed `sinks` at once, and those `beside` from a thread of their own."""
+        self._sinks, self._beside = list(sinks), list(beside)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sinks")
+        self._room = threading.Semaphore(MOST_WAITING)
 
     def write(self, record: Record) -> None:
         """Give a record to every sink, stamped with the time (`time`, seconds since 1970)."""
         assert "kind" in record, f"a record without a kind: {record}"
         stamped = {**record, "time": time.time()}
-        self._each(lambda sink: sink.write(stamped))
+        self._feed(lambda sink: sink.write(stamped))
 
     def routing(
         self,
@@ -82,22 +93,40 @@ class Sinks:
     ) -> dict[str, Any]:
         """Give one window's routing to every sink, and return its record for the health rules."""
         record = routing_record(snapshot, measures, drift) | {"time": time.time()}
-        self._each(lambda sink: sink.routing(snapshot, record))
+        self._feed(lambda sink: sink.routing(snapshot, record))
         return record
 
     def close(self) -> None:
-        self._each(lambda sink: sink.close())
+        """Wait until every sink has all its records, and close them."""
+        self._feed(lambda sink: sink.close())
+        self._thread.shutdown()
         self._sinks.clear()
+        self._beside.clear()
 
-    def _each(self, act: Callable[[Sink], None]) -> None:
-        for sink in list(self._sinks):
-            try:
-                act(sink)
-            except Exception as error:
-                self._sinks.remove(sink)
-                log.warning("%s is off for the rest of this run: %s: %s", sink.name, type(error).__name__, error)
-                with contextlib.suppress(Exception):  # said once already; a bar must not go on drawing
-                    sink.close()
+    def _feed(self, act: Callable[[Sink], None]) -> None:
+        """Let every sink act: some now, the others as soon as they come to it; wait if they are far behind."""
+        _each(self._sinks, act)
+        if self._beside:
+            self._room.acquire()
+            self._thread.submit(self._act_beside, act)
+
+    def _act_beside(self, act: Callable[[Sink], None]) -> None:
+        try:
+            _each(self._beside, act)
+        finally:
+            self._room.release()
+
+
+def _each(sinks: list[Sink], act: Callable[[Sink], None]) -> None:
+    """Let each of these act; one that raises leaves the list, with one message."""
+    for sink in list(sinks):
+        try:
+            act(sink)
+        except Exception as error:
+            sinks.remove(sink)
+            log.warning("%s is off for the rest of this run: %s: %s", sink.name, type(error).__name__, error)
+            with contextlib.suppress(Exception):  # said once already; a bar must not go on drawing
+                sink.close()
 
 
 def open_sinks(run: Path, *, name: str, steps: int, wandb: WandbMode, project: str, config: Mapping[str, Any]) -> Sinks:
@@ -116,17 +145,22 @@ def open_sinks(run: Path, *, name: str, steps: int, wandb: WandbMode, project: s
 
         return Wandb(run, name=name, mode="online" if wandb == "online" else "offline", project=project, config=config)
 
-    openers: dict[str, Callable[[], Sink]] = {
+    at_once: dict[str, Callable[[], Sink]] = {
         "console": lambda: Console(steps=steps),
         "metrics.jsonl": lambda: MetricsFile(run / "metrics.jsonl"),
-        "routing folder": lambda: RoutingFiles(run),
     }
+    beside: dict[str, Callable[[], Sink]] = {"routing folder": lambda: RoutingFiles(run)}
     if wandb != "off":
-        openers["W&B"] = open_wandb
+        beside["W&B"] = open_wandb
+    return Sinks(_opened(at_once), _opened(beside))
+
+
+def _opened(openers: Mapping[str, Callable[[], Sink]]) -> list[Sink]:
+    """The sinks that can be opened; of the others it is said that they are off."""
     sinks = []
     for what, open_sink in openers.items():
         try:
             sinks.append(open_sink())
         except Exception as error:
             log.warning("%s is off for this run: %s: %s", what, type(error).__name__, error)
-    return Sinks(sinks)
+    return sinks

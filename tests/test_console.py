@@ -233,7 +233,7 @@ def test_the_heatmap_paints_load_relative_to_the_layers_mean(experts):
     counts[1, :4] = (0, 8, 128, 64)
     counts[1, 4:] += np.resize([60, -60], experts - 4)  # leaves the mean near 64
     snapshot = RoutingSnapshot(5, (10, 9), counts[::-1], 1)  # out of order: the even layer is 9, the first row
-    image = heatmap(snapshot)
+    image = heatmap(snapshot).convert("RGB")
     assert image.width >= LEFT + 1024
     for expert in range(experts):
         assert centre(image, snapshot, 0, expert) == tuple(palette(np.array(0.5)))  # even: the middle of the scale

@@ -1,15 +1,22 @@
 import json
 import logging
 import math
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from monitoring import sinks as sink_module
 from monitoring.files import MonitoringError
 from monitoring.metrics import MetricsFile, read_metrics
 from monitoring.routing import RoutingSnapshot, read_snapshot, routing_measures
 from monitoring.sinks import RoutingFiles, Sinks, open_sinks
 
+ROOT = Path(__file__).resolve().parent.parent
 SNAPSHOT = RoutingSnapshot(50, (7, 3), np.arange(16).reshape(2, 8), 60)
 
 
@@ -82,6 +89,96 @@ def test_a_sink_that_fails_is_off_with_one_message_and_the_others_go_on(raises, 
 def test_an_interrupt_in_a_sink_is_not_swallowed():
     with pytest.raises(KeyboardInterrupt):
         Sinks([Recorder((1,), KeyboardInterrupt)]).write(train(1))
+
+
+class Slow(Recorder):
+    """A sink that waits before it keeps what it gets, and notes on which thread that is."""
+
+    def __init__(self, *, held, **how):
+        super().__init__(**how)
+        self.held, self.threads = held, set()
+
+    def act(self, call):
+        assert self.held.wait(20)
+        self.threads.add(threading.current_thread())
+        super().act(call)
+
+
+def test_a_slow_sink_holds_up_neither_the_training_nor_the_others_and_misses_nothing():
+    held = threading.Event()
+    slow, quick = Slow(held=held), Recorder()
+    sinks = Sinks([quick], [slow])
+    for step in range(1, 4):
+        sinks.write(train(step))
+    sinks.routing(SNAPSHOT, routing_measures(SNAPSHOT))
+    sinks.write(train(4))
+    assert (quick.calls, slow.calls) == ([1, 2, 3, "routing", 4], [])
+    held.set()
+    sinks.close()
+    assert quick.calls == slow.calls == [1, 2, 3, "routing", 4, "close"]
+    assert len(slow.threads) == 1
+    assert threading.current_thread() not in slow.threads
+
+
+def test_no_more_than_so_many_records_wait_for_a_slow_sink(monkeypatch):
+    monkeypatch.setattr(sink_module, "MOST_WAITING", 3)
+    held = threading.Event()
+    slow, quick = Slow(held=held), Recorder()
+    sinks = Sinks([quick], [slow])
+    writer = threading.Thread(target=lambda: [sinks.write(train(step)) for step in range(1, 9)])
+    writer.start()
+    writer.join(0.3)
+    assert writer.is_alive()  # waits for room
+    assert len(quick.calls) == 4
+    held.set()
+    writer.join(20)
+    sinks.close()
+    assert slow.calls == [*range(1, 9), "close"]
+
+
+def test_a_slow_sink_that_fails_is_off_with_one_message_and_the_others_go_on(caplog):
+    held = threading.Event()
+    held.set()
+    failing, sound, quick = Slow(held=held, raises=(2,)), Slow(held=held), Recorder()
+    sinks = Sinks([quick], [failing, sound])
+    for step in (1, 2, 3):
+        sinks.write(train(step))
+    sinks.close()
+    assert quick.calls == sound.calls == [1, 2, 3, "close"]
+    assert failing.calls == [1, 2, "close"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "recorder is off for the rest of this run: OSError: no space left"
+    ]
+
+
+def test_a_process_that_ends_without_closing_still_writes_what_waits(tmp_path):
+    """As after an error that nobody caught."""
+    code = (
+        "import sys, time\n"
+        "from monitoring.sinks import Sinks\n"
+        "class Late:\n"
+        "    name = 'late'\n"
+        "    def write(self, record):\n"
+        "        time.sleep(0.05)\n"
+        "        print(record['step'], flush=True)\n"
+        "sinks = Sinks([], [Late()])\n"
+        "for step in range(9):\n"
+        "    sinks.write({'kind': 'train', 'step': step})\n"
+        "raise SystemExit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (3, [str(step) for step in range(9)], "")
+
+
+def test_metrics_are_on_the_disk_before_training_goes_on_whatever_the_slow_sinks_do(tmp_path):
+    sinks = open_sinks(tmp_path, name="n", steps=9, wandb="off", project="p", config={})
+    sinks._thread.submit(time.sleep, 1)
+    sinks.write(train(1))
+    sinks.routing(SNAPSHOT, routing_measures(SNAPSHOT))
+    assert [line["kind"] for line in lines(tmp_path / "metrics.jsonl")] == ["train", "routing"]
+    assert not (tmp_path / "routing").exists()
+    sinks.close()
+    assert (tmp_path / "routing/step-00000050.npz").exists()
 
 
 def test_a_mistake_of_the_caller_is_not_taken_for_a_failing_sink():
