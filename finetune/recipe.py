@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 
 from finetune import recipe_rules, wording, yaml_tree
 from finetune.paths import expanded, path_problem
+from finetune.recipe_secrets import secret_mistakes, without_secrets
 from finetune.recipe_sections import (
     Checkpoint,
     Data,
@@ -124,6 +125,7 @@ def load_recipe(
     assert isinstance(tree.value, dict)
     if "name" not in tree.value:
         tree.value["name"] = Node(_name_of(path, tree, mistakes), tree.place)
+    mistakes += secret_mistakes(tree)
     recipe = _validate(tree, mistakes)
     wrong = [mistake.key for mistake in mistakes]
     for keys, rule in recipe_rules.RULES:
@@ -132,9 +134,9 @@ def load_recipe(
             if problem is not None:
                 mistakes.append(Mistake(_blamed(tree, keys), keys[0], problem))
     if check_paths:
-        mistakes += _missing_paths(tree, root)
+        mistakes += [mistake for mistake in _missing_paths(tree, root) if mistake.key not in wrong]
     if mistakes:
-        raise _error(mistakes)
+        raise _error(mistakes, tree)
     return recipe
 
 
@@ -217,9 +219,9 @@ def _blamed(tree: Node, keys: Sequence[str]) -> yaml_tree.Place:
     return next((place for place in places if place.is_override), places[0] if places else tree.place)
 
 
-def _error(mistakes: list[Mistake]) -> RecipeError:
+def _error(mistakes: list[Mistake], tree: Node | None = None) -> RecipeError:
     by_line = sorted(mistakes, key=lambda mistake: (mistake.place.line == 0, mistake.place.line))
-    return RecipeError("\n".join(map(str, by_line)))
+    return RecipeError(without_secrets("\n".join(map(str, by_line)), tree))
 
 
 def _missing_paths(tree: Node, root: Path) -> Iterator[Mistake]:

@@ -17,6 +17,7 @@ RECIPE = (
     "finetune.recipe",
     "finetune.recipe_notes",
     "finetune.recipe_rules",
+    "finetune.recipe_secrets",
     "finetune.recipe_sections",
     "finetune.familiar",
     "finetune.wording",
