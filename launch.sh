@@ -370,7 +370,8 @@ train() { # number of ranks here, then the job; for several hosts also --, and w
   trap 'stop_training TERM 143' TERM HUP
   trap 'stop_training USR1 138' USR1
   set -m # the launcher and its ranks get a process group of their own
-  deepspeed -q "${where[@]}" "$ROOT/finetune/train.py" "${job[@]}" </dev/null &
+  # The ranks end when one of these two processes is gone; the runner keeps the id of the shell that it replaces.
+  NEXTUNE_STARTERS="$$ $BASHPID" exec deepspeed -q "${where[@]}" "$ROOT/finetune/train.py" "${job[@]}" </dev/null &
   GROUP=$!
   set +m
   wait "$GROUP" || code=$?
@@ -392,7 +393,7 @@ train_task() { # the job, on one rank that SLURM started
   fi
   # SLURM signals every process of a task, the rank too, which saves and ends; here it is only waited for.
   trap : INT TERM HUP USR1
-  python "$ROOT/finetune/train.py" "$@" </dev/null || code=$?
+  NEXTUNE_STARTERS=$$ python "$ROOT/finetune/train.py" "$@" </dev/null || code=$?
   trap - INT TERM HUP USR1
   report_end "$code" "$@"
 }

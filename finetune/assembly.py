@@ -55,12 +55,13 @@ class Assembly:
     adapted: list[str]  # modules with adapters; empty in full-parameter training
 
 
-def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
+def assemble(recipe: Recipe, folder: Path, world: World, say: Say, progress: Callable[[], None]) -> Assembly:
     """Put the run together. Collective.
 
     Args:
         folder: of the base checkpoint.
         say: tells the user what is being done; on rank 0 only.
+        progress: called whenever a part of the work is done, from now on in every forward pass too.
     """
     config = ModelConfig.from_folder(folder)
     with world.together(DataError):  # one rank builds, so that bad data is told after one reading, not after one a rank
@@ -72,7 +73,7 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say) -> Assembly:
     say(f"training data: {describe(train)}")
     if held_out is not None:
         say(f"held-out data: {describe(held_out)}")
-    model = _model(recipe, config, folder, world, say)
+    model = _model(recipe, config, folder, world, say, progress)
     if recipe.lora is not None and "all-linear" in recipe.lora.targets:
         say(all_linear_sentence(config, recipe.lora))
     adapted = _choose_what_trains(model, recipe, world, say)
@@ -175,7 +176,9 @@ def datasets(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | N
     return prepared(data.train), prepared(data.eval) if data.eval else None
 
 
-def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say: Say) -> HybridMoEForCausalLM:
+def _model(
+    recipe: Recipe, config: ModelConfig, folder: Path, world: World, say: Say, progress: Callable[[], None]
+) -> HybridMoEForCausalLM:
     dtype, room = dtype_of(recipe, world.device), world.free_memory()
     with init_empty_weights(include_buffers=True):  # without buffers it would untie the head from the embedding
         model = HybridMoEForCausalLM(config, world.experts(config.num_experts))
@@ -185,14 +188,17 @@ def _model(recipe: Recipe, config: ModelConfig, folder: Path, world: World, say:
             layers=recipe.kernels.layers,
             mixers=recipe.kernels.mixers,
             place=Place(config, world.device, dtype),
+            progress=progress,
         )
         if recipe.model.init == "pretrained":
-            load_weights(model, folder, dtype, world.device, say)
+            load_weights(model, folder, dtype, world.device, say, progress=progress)
         else:
             model.to_empty(device=world.device).cast(dtype)
             model.tie()
             initialise(model, recipe.train.seed)
     install(model, kernels)
+    for block in model.model.blocks:  # training, evaluation and probes go through each of them, recomputation too
+        block.register_forward_pre_hook(lambda *_: progress())
     if world.expert_group is not None:
         attach(model, world.expert_group)
     chosen, why = _recompute(recipe, config, kernels, world, room)

@@ -18,6 +18,7 @@ from finetune.exchange_plan import Links
 from finetune.failure import is_told, tell, told_by_every_host
 from finetune.gpus import gpus
 from finetune.hosts import describe, read_hostfile, run_on_hosts
+from finetune.launcher import launcher_of
 from finetune.parallel.slurm import task_environment
 from finetune.paths import path_problem
 from finetune.recipe import Recipe, load_recipe, resolve
@@ -77,12 +78,15 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train, or go on with, the run of a recipe. Started once on every rank."""
+    launcher = launcher_of(os.environ)
+    if launcher is not None:
+        launcher.begin()
     os.environ.update(task_environment(os.environ))
     with told_by_every_host():
         recipe = _recipe(options)
     from finetune.launch import train_here
 
-    return train_here(recipe)
+    return train_here(recipe, launcher)
 
 
 def ranks(options: argparse.Namespace) -> int:

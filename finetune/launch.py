@@ -15,6 +15,7 @@ from finetune.balance import RouterLossError
 from finetune.checkpoint.resume import newest_name
 from finetune.checkpoint.weights import resolve_model
 from finetune.failure import LostRankError, is_told, record_crash, told_by_every_host
+from finetune.launcher import Launcher
 from finetune.model.config import ModelConfig
 from finetune.parallel import world as worlds
 from finetune.ranks import fit_to_ranks
@@ -33,8 +34,12 @@ TIMED_OUT = ("Timed out waiting", "before timing out")
 FOUND_BY_ALL = (worlds.RankError, TrainingError, RouterLossError)  # raised on every rank alike
 
 
-def train_here(recipe: Recipe) -> int:
-    """Train on this rank, from the newest checkpoint if there is one, to the recipe's last step."""
+def train_here(recipe: Recipe, launcher: Launcher | None) -> int:
+    """Train on this rank, from the newest checkpoint if there is one, to the recipe's last step.
+
+    Args:
+        launcher: what started this rank, when its death is to end the run.
+    """
     rank, size = worlds.read_rank()
     say = _voice(rank)
     _share_cores()
@@ -58,31 +63,25 @@ def train_here(recipe: Recipe) -> int:
         for sentence in start_notes(recipe, config, folder):
             say(f"note: {sentence}")
         world = worlds.start(recipe.parallel.expert)
-    _run(recipe, folder, base, world, say)
+    _run(recipe, folder, base, world, say, launcher)
     worlds.stop()
     return 0
 
 
-def _run(recipe: Recipe, folder: Path, base: Path, world: worlds.World, say: Say) -> None:
+def _run(recipe: Recipe, folder: Path, base: Path, world: worlds.World, say: Say, launcher: Launcher | None) -> None:
     """Take the run to its end; what ends it before is recorded if it is a bug, and told if no other rank knows."""
     run, watch = None, Watch(folder, world.rank, STALL_SECONDS)
-
-    def say_and_beat(sentence: str) -> None:
-        # Alone there is nobody to wait for, and loading may take as long as it takes.
-        if world.size > 1:
-            watch.beat()
-        say(sentence)
 
     try:
         check_agreement(recipe, folder, base, world)
         with world.together(RecipeError):
             if world.is_main and folder.exists():
                 hold(folder).release()  # before a second copy of a large model could take the memory of the first
-        watch.begin(launched=worlds.was_launched())
-        say_and_beat(
-            f"{recipe.name}: {world.size} rank(s), expert parallel {world.expert_size}; the run is in {folder}"
-        )
-        run = Run(recipe, folder, base, world, say_and_beat, watch)
+        watch.begin()
+        worlds.set_timeouts()  # from now on the watch finds every hang
+        say(f"{recipe.name}: {world.size} rank(s), expert parallel {world.expert_size}; the run is in {folder}")
+        run = Run(recipe, folder, base, world, say, watch)
+        watch.heed_signals(launcher)
         run.train()
     except Exception as error:
         if is_lost_connection(error) or is_timeout(error):

@@ -3,7 +3,7 @@
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,16 +37,17 @@ class Saved:
 class Saving:
     """Saves the state of a run, one checkpoint at a time. `failed` is to be asked, over all ranks, in every step."""
 
-    def __init__(self, root: Path, world: World, *, keep: int):
+    def __init__(self, root: Path, world: World, *, keep: int, progress: Callable[[], None] = lambda: None):
         """Nothing is saved yet. Collective: the ranks agree on a name for what they are writing.
 
         Args:
             root: folder of the checkpoints.
             keep: how many stay.
+            progress: called after each piece that is written, by the thread that writes.
         """
         token = cast(str, world.gather(secrets.token_hex(4))[0])
         self._world = world
-        self._writer = Writer(root, rank=world.rank, ranks=world.size, token=token, keep=keep)
+        self._writer = Writer(root, rank=world.rank, ranks=world.size, token=token, keep=keep, progress=progress)
         self._blocked_seconds = 0.0
 
     @property
@@ -119,20 +120,29 @@ class Saving:
 
 
 def resume(
-    root: Path, engine: ExpertEngine, loader: Loader, world: World, *, base: Path, base_name: str, say: Say
+    root: Path,
+    engine: ExpertEngine,
+    loader: Loader,
+    world: World,
+    *,
+    base: Path,
+    base_name: str,
+    say: Say,
+    progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], TensorStore] | None:
     """Put the newest whole checkpoint into engine and loader; return its state and tensors, or None. Collective.
 
     Args:
         base: folder of the base weights that the run stands on.
         base_name: what the recipe calls it.
+        progress: called after each piece that is hashed and each tensor that is read.
 
     Raises:
         RankError: the checkpoint is of other base weights or other data, or there were some and none is whole,
             or the disk cannot be read.
     """
     with world.together(CheckpointError):
-        found = newest_checkpoint(root) if world.is_main else None
+        found = newest_checkpoint(root, progress) if world.is_main else None
     folder, skipped = cast(tuple[Path | None, list[str]], world.gather(found)[0])
     for sentence in skipped:
         say(sentence)
@@ -149,6 +159,11 @@ def resume(
                 " under another name"
             )
         loader.restore(state["loader"])
-    engines.restore(engine, tensors.read, step=state["step"] - state["left_out"]["total"])
+
+    def read(name: str) -> Tensor:
+        progress()
+        return tensors.read(name)
+
+    engines.restore(engine, read, step=state["step"] - state["left_out"]["total"])
     say(f"continuing after step {state['step']} from {folder}")
     return state, tensors

@@ -1,5 +1,10 @@
 """The script DeepSpeed launches: `deepspeed finetune/train.py --recipe recipes/code.yaml`."""
 
+import os
+
+# Before anything else: a launcher that dies while the libraries are imported leaves this process to another parent.
+os.environ["NEXTUNE_PARENT"] = str(os.getppid())
+
 import sys
 from pathlib import Path
 

@@ -43,7 +43,7 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path, base: Path, world: World, say: Say, watch: Watch):
         self.recipe, self.folder, self.world = recipe, folder, world
         self.base, self.base_folder, self.watch = fingerprint(base), base, watch
-        parts = assemble(recipe, base, world, say)
+        parts = assemble(recipe, base, world, say, watch.beat)
         self.recipe, sentences = with_steps(recipe, parts.train_packs)
         for sentence in sentences:
             say(sentence)
@@ -59,13 +59,11 @@ class Run:
         self.put_off = False  # a save that was due while the one before was still being written
         self.best_unsaved = False  # the lowest held-out loss has no checkpoint yet
         self.step = self._resume(say)
-        self.saving = Saving(folder / "checkpoints", world, keep=recipe.checkpoint.keep)
+        self.saving = Saving(folder / "checkpoints", world, keep=recipe.checkpoint.keep, progress=watch.beat)
         self.journal = Journal(self.recipe, folder, world, self.health)
 
     def train(self) -> None:
         """Train to the last step, reporting, evaluating and saving on the way. Collective."""
-        self.watch.heed_signals()
-        self.watch.beat()
         try:
             self._train()
         finally:
@@ -279,6 +277,7 @@ class Run:
             base=self.base_folder,
             base_name=self.recipe.model.path,
             say=say,
+            progress=self.watch.beat,
         )
         if found is None:
             return 0

@@ -183,17 +183,17 @@ def test_a_checkpoint_whose_disk_gives_up_is_passed_over(tmp_path, monkeypatch):
     for step in (10, 20):
         write(tmp_path, step)
 
-    def broken(path, hash_of=resumes.hash_of):
+    def broken(path, progress, hash_of=resumes.hash_of):
         if path.parent.name == "step-20":
             raise OSError(5, "Input/output error")
-        return hash_of(path)
+        return hash_of(path, progress)
 
     monkeypatch.setattr(resumes, "hash_of", broken)
     told = [f"{tmp_path}/step-20: passed over, cannot be read ([Errno 5] Input/output error)"]
     assert newest_checkpoint(tmp_path) == (tmp_path / "step-10", told)
 
 
-def no_list(root):
+def no_list(root, *_):
     raise CheckpointError(f"{root}: cannot be read ([Errno 5] Input/output error); check the folder and its disk")
 
 
@@ -352,10 +352,10 @@ def test_a_run_killed_at_any_rename_leaves_a_whole_checkpoint(call, tmp_path, mo
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    def full(tensors, path):
+    def full(path, tensors, progress):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writers, "save_file", full)
+    monkeypatch.setattr(writers, "write_part", full)
     with pytest.raises(CheckpointError, match=r"step-20: rank 0 could not write it \(.*No space left") as caught:
         write(tmp_path, 20)
     assert "\n" not in str(caught.value)
@@ -424,11 +424,11 @@ def test_the_step_goes_on_while_the_disk_is_slow(tmp_path, monkeypatch):
     """`begin` returns while the file is not written; the fault of the write is kept until it is asked for."""
     held = threading.Event()
 
-    def slow(tensors, path, save=writers.save_file):
+    def slow(*arguments, write_part=writers.write_part):
         assert held.wait(20)
-        save(tensors, path)
+        return write_part(*arguments)
 
-    monkeypatch.setattr(writers, "save_file", slow)
+    monkeypatch.setattr(writers, "write_part", slow)
     writer = Writer(tmp_path, rank=0, ranks=1, token="t0", keep=1)
     for step in (10, 20):
         held.clear()
@@ -442,7 +442,7 @@ def test_the_step_goes_on_while_the_disk_is_slow(tmp_path, monkeypatch):
         written = writer.finish()
         assert (written.step, written.folder, written.seconds > 0) == (step, tmp_path / f"step-{step}", True)
         assert writer.finish() is None
-    monkeypatch.setattr(writers, "save_file", lambda tensors, path: (_ for _ in ()).throw(OSError(5, "I/O error")))
+    monkeypatch.setattr(writers, "write_part", lambda *_: (_ for _ in ()).throw(OSError(5, "I/O error")))
     writer.begin(30, part_of(0, 1, 30), {})
     writer.wait()
     assert (writer.busy, writer.failed) == (False, True)

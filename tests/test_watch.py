@@ -13,20 +13,23 @@ import torch
 from torch.distributed import distributed_c10d
 
 from finetune.parallel import world as worlds
-from finetune.parallel.world import TIMEOUT
+from finetune.parallel.world import TIMEOUT, UNWATCHED_TIMEOUT
 from finetune.watch import GRACE_SECONDS, STALL_SECONDS
 from tests.ranks import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
 RANK = """
-import sys, time
+import os, sys, time
 from pathlib import Path
+import psutil
+from finetune.launcher import Launcher
 from finetune.watch import Watch
 watch = Watch(Path(sys.argv[1]), 3, stall_seconds=float(sys.argv[2]), grace_seconds=2, repeat_seconds=2)
-watch.begin(launched=True)
-watch.heed_signals()
-watch.beat()
+launcher = Launcher(os.getppid(), [psutil.Process(os.getppid()).ppid()])
+launcher.begin()
+watch.begin()
+watch.heed_signals(launcher)
 print("ready", flush=True)
 if sys.argv[3] == "hangs":
     time.sleep(60)
@@ -59,7 +62,7 @@ def first_line(process: "subprocess.Popen[str]") -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_a_wish_that_the_loop_grants(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_requests_a_graceful_stop(tmp_path: Path, number: signal.Signals) -> None:
     rank = start(tmp_path / "runs/tiny", 30, "beats")
     assert first_line(rank) == "ready\n"
     rank.send_signal(number)
@@ -69,7 +72,7 @@ def test_a_signal_is_a_wish_that_the_loop_grants(tmp_path: Path, number: signal.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_asked_twice_is_at_once(tmp_path: Path) -> None:
+def test_a_later_repeat_exits_immediately(tmp_path: Path) -> None:
     rank = start(tmp_path, 30, "stubborn")
     assert first_line(rank) == "ready\n"
     rank.send_signal(signal.SIGTERM)
@@ -79,8 +82,8 @@ def test_asked_twice_is_at_once(tmp_path: Path) -> None:
     assert rank.wait(timeout=10) == 128 + signal.SIGTERM
 
 
-def test_the_same_wish_from_two_sides_is_one_wish(tmp_path: Path) -> None:
-    """Who signals a whole group reaches the rank, and DeepSpeed's launcher, which hands it on milliseconds later."""
+def test_a_repeat_within_moments_is_ignored(tmp_path: Path) -> None:
+    """A signal to a whole group reaches the rank, and DeepSpeed's launcher, which sends it again milliseconds later."""
     rank = start(tmp_path, 30, "saves")
     assert first_line(rank) == "ready\n"
     rank.send_signal(signal.SIGTERM)
@@ -97,8 +100,8 @@ def test_the_death_of_the_launchers_parent_is_noticed(tmp_path: Path) -> None:
     assert first_line(runner) == "stopping: the launcher died\n"
 
 
-def test_a_signal_after_the_launcher_died_is_the_first_wish(tmp_path: Path) -> None:
-    """`launch.sh`, which sees ranks left behind, sends one while they save."""
+def test_a_signal_after_the_launcher_died_is_the_first_one(tmp_path: Path) -> None:
+    """`launch.sh`, which finds ranks left behind, sends one while they save."""
     runner = start(tmp_path, 30, "stubborn", above=2)
     assert first_line(runner) == "ready\n"
     launcher = psutil.Process(runner.pid).children()[0]
@@ -123,7 +126,7 @@ def test_a_hang_leaves_the_stack_of_every_thread(tmp_path: Path) -> None:
     assert stack.startswith("no progress for 2 s, 20")
     assert "Timeout" in stack  # the timer's own, with which the process ended
     assert "most recent call first" in stack
-    assert 'File "<string>", line 11 in <module>' in stack
+    assert 'File "<string>", line 14 in <module>' in stack
 
 
 def test_a_later_start_keeps_the_stack_of_an_earlier_hang(tmp_path: Path) -> None:
@@ -140,25 +143,31 @@ def test_a_later_start_keeps_the_stack_of_an_earlier_hang(tmp_path: Path) -> Non
     assert both.count("no progress for 1 s") == 2
 
 
-def test_the_watch_comes_before_every_timeout(tmp_path: Path) -> None:
-    """The ranks of two groups of expert ranks, and the groups that an engine makes later."""
-    assert timedelta(seconds=STALL_SECONDS + 2 * GRACE_SECONDS) <= TIMEOUT
+def test_no_collective_times_out_while_another_rank_makes_progress() -> None:
+    """The ranks of two groups of expert ranks, and the groups that an engine makes later.
+
+    Until the watch begins, a time-out as long as the longest stall; from then on the watch finds what hangs.
+    """
+    assert timedelta(seconds=STALL_SECONDS + 2 * GRACE_SECONDS) <= UNWATCHED_TIMEOUT
+    assert timedelta(days=1) <= TIMEOUT
     for expert_size, timeouts in ((2, ranks(2, timeouts_of_groups, 2)), (1, ranks(2, timeouts_of_groups, 1))):
-        for of_rank in timeouts:
-            assert len(of_rank) >= 2, expert_size
-            assert set(of_rank) == {TIMEOUT}
+        for unwatched, watched in timeouts:
+            assert len(unwatched) >= 2, expert_size
+            assert set(unwatched) == {UNWATCHED_TIMEOUT}
+            assert len(watched) == len(unwatched) + 1
+            assert set(watched) == {TIMEOUT}
 
 
-def timeouts_of_groups(rank: int, expert_size: int) -> list[timedelta]:
+def timeouts_of_groups(rank: int, expert_size: int) -> tuple[list[timedelta], list[timedelta]]:
     world = worlds.start(expert_size)
     assert (world.expert_group is None) == (expert_size == 1)
     groups = list(distributed_c10d._world.pg_map)
     assert world.expert_group is None or world.expert_group in groups
     as_started = [timeout_of(group) for group in groups]
     later = torch.distributed.new_group([0, 1])
-    assert timeout_of(later) < TIMEOUT
+    assert timeout_of(later) < UNWATCHED_TIMEOUT
     worlds.set_timeouts()
-    return [*as_started, timeout_of(later)]
+    return as_started, [timeout_of(group) for group in (*groups, later)]
 
 
 def timeout_of(group: torch.distributed.ProcessGroup) -> timedelta:
@@ -180,47 +189,58 @@ import sys, time, datetime
 from pathlib import Path
 import torch, torch.distributed as dist
 from finetune.watch import Watch
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+folder, rank, works = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-watch = Watch(folder, rank, stall_seconds=3, grace_seconds=20)
-time.sleep(3 * rank)  # the ranks begin a step at different times
-watch.begin(launched=False)
-watch.beat()
+watch = Watch(folder, rank, stall_seconds=2, grace_seconds=20)
+time.sleep(rank)  # the ranks begin at different times
+watch.begin()
 try:
     if rank == 1:
-        time.sleep(300)
-    else:
-        dist.all_reduce(torch.zeros(1))
+        end = time.monotonic() + works
+        while time.monotonic() < end:  # alone: the other one waits
+            watch.beat()
+            time.sleep(0.1)
+        if sys.argv[4] == "hangs":
+            time.sleep(300)
+    dist.all_reduce(torch.zeros(1))
 finally:
     watch.end()
 """
 
 
-def test_a_hang_of_one_rank_leaves_the_stacks_of_all(tmp_path: Path) -> None:
-    """Rank 1 never comes to the collective that rank 0 waits in; rank 0, whose time is up first, ends both."""
-    peers = [subprocess.Popen([sys.executable, "-c", PEERS, str(tmp_path), str(rank)], cwd=ROOT) for rank in range(2)]
+def peers_of(folder: Path, works: float, then: str) -> "list[subprocess.Popen[bytes]]":
+    command = [sys.executable, "-c", PEERS, str(folder)]
+    return [subprocess.Popen([*command, str(rank), str(works), then], cwd=ROOT) for rank in range(2)]
+
+
+def test_a_rank_that_waits_for_one_that_works_does_not_stall(tmp_path: Path) -> None:
+    """Four times as long as nothing may move on any rank."""
+    peers = peers_of(tmp_path, 8, "joins")
     try:
-        assert peers[0].wait(timeout=90) == 1
-        peers[1].kill()  # as the launcher does to the others
-        peers[1].wait()
+        assert [peer.wait(timeout=90) for peer in peers] == [0, 0]
     finally:
         for peer in peers:
             peer.kill()
-    for rank, place in enumerate(("all_reduce", 'File "<string>", line 14 in <module>')):
-        assert place in (tmp_path / "crash" / f"rank{rank}.stack").read_text()
+    assert not (tmp_path / "crash").exists()
 
 
-def test_a_rank_that_loses_its_peer_in_a_hang_keeps_its_stack(tmp_path: Path) -> None:
-    """The collective fails as soon as the other has ended; the stack of the hang is not taken for a leftover."""
-    peers = [subprocess.Popen([sys.executable, "-c", PEERS, str(tmp_path), str(rank)], cwd=ROOT) for rank in range(2)]
-    stack, end = tmp_path / "crash" / "rank0.stack", time.monotonic() + 60
+def test_a_hang_of_one_rank_leaves_the_stacks_of_all(tmp_path: Path) -> None:
+    """Rank 1 works for a while and then hangs; rank 0, which waits for it in a collective, ends both."""
+    peers = peers_of(tmp_path, 3, "hangs")
+    stacks = [tmp_path / "crash" / f"rank{rank}.stack" for rank in range(2)]
+    places = ("all_reduce", 'File "<string>", line 18 in <module>')
     try:
-        while not (stack.exists() and "all_reduce" in stack.read_text()):
+        end = time.monotonic() + 60
+        while not all(
+            stack.exists() and place in stack.read_text() for stack, place in zip(stacks, places, strict=True)
+        ):
             assert time.monotonic() < end
             time.sleep(0.05)
         peers[1].kill()
-        assert peers[0].wait(timeout=15) == 1  # long before its own time is up
+        assert peers[0].wait(timeout=15) == 1  # the collective fails as soon as the other rank has ended
     finally:
         for peer in peers:
             peer.kill()
-    assert "all_reduce" in stack.read_text()
+    for stack, place in zip(stacks, places, strict=True):  # the stack of the hang is not removed as a leftover
+        assert stack.read_text().startswith("no progress for 2 s, 20")
+        assert place in stack.read_text()

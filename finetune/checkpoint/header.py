@@ -15,7 +15,7 @@ import torch
 
 from finetune.checkpoint.layout import CheckpointError, Shape
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -54,9 +54,9 @@ class Stored(NamedTuple):
         Raises:
             CheckpointError: torch has no such dtype.
         """
-        if self.dtype not in _DTYPES:
-            raise CheckpointError(f"{self.file}: holds tensors of dtype {self.dtype}; known: {', '.join(_DTYPES)}")
-        return _DTYPES[self.dtype]
+        if self.dtype not in DTYPES:
+            raise CheckpointError(f"{self.file}: holds tensors of dtype {self.dtype}; known: {', '.join(DTYPES)}")
+        return DTYPES[self.dtype]
 
 
 def parse_header(header: Any, file: str, data: int) -> tuple[dict[str, Stored], int]:
@@ -102,7 +102,7 @@ def _end_of(tensors: Mapping[str, Stored], data: int) -> int:
         size = stored.end - stored.start
         if stored.start != end or size < 0:
             raise HeaderError(f"{name} does not begin where the tensor before it ends")
-        if stored.dtype in _DTYPES and size != math.prod(stored.shape) * _DTYPES[stored.dtype].itemsize:
+        if stored.dtype in DTYPES and size != math.prod(stored.shape) * DTYPES[stored.dtype].itemsize:
             raise HeaderError(f"{name} is {size} bytes, which is not {list(stored.shape)} of {stored.dtype}")
         end = stored.end
     return end

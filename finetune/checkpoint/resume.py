@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.part_file import hash_of
 from finetune.checkpoint.shards import listed, read_header
-from finetune.checkpoint.writer import LEFTOVER, MANIFEST, STEP, hash_of, hash_of_values, step_of
+from finetune.checkpoint.writer import LEFTOVER, MANIFEST, STEP, hash_of_values, step_of
 from monitoring.files import MonitoringError
 from monitoring.metrics import read_metrics
 
@@ -50,10 +51,13 @@ class TensorStore(Mapping[str, Tensor]):
         return len(self._places)
 
 
-def newest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
+def newest_checkpoint(root: Path, progress: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and one sentence for each newer one that had to be passed over.
 
     Reads every byte of it, to compare hashes: call it on one rank and tell the others.
+
+    Args:
+        progress: called after each piece that is hashed.
 
     Raises:
         CheckpointError: the list of checkpoints cannot be read.
@@ -69,7 +73,7 @@ def newest_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
         if LEFTOVER.fullmatch(folder.name):
             told.append(f"{folder}: passed over, the run stopped while it was being written or deleted")
         elif STEP.fullmatch(folder.name) and folder.is_dir():
-            fault = _fault(folder)
+            fault = _fault(folder, progress)
             if fault is None:
                 return folder, told
             told.append(f"{folder}: passed over, {fault}")
@@ -196,24 +200,24 @@ def open_state(folder: Path) -> tuple[dict[str, Any], TensorStore]:
     return {**manifest["state"], "step": manifest["step"]}, TensorStore(folder, files)
 
 
-def _fault(folder: Path) -> str | None:
+def _fault(folder: Path, progress: Callable[[], None] = lambda: None) -> str | None:
     """What is wrong with a checkpoint, or None: every file is there and has the hash that was recorded."""
     try:
-        return _fault_of_parts(folder, _read_manifest(folder)["parts"])
+        return _fault_of_parts(folder, _read_manifest(folder)["parts"], progress)
     except CheckpointError as error:
         return str(error)
     except OSError as error:  # a disk that gives up while one of the files is hashed
         return f"cannot be read ({error})"
 
 
-def _fault_of_parts(folder: Path, parts: list[dict[str, Any]]) -> str | None:
+def _fault_of_parts(folder: Path, parts: list[dict[str, Any]], progress: Callable[[], None]) -> str | None:
     for part in parts:
         path = folder / part["file"]
         if not path.exists():
             return f"{path.name} is missing"
         if path.stat().st_size != part["bytes"]:
             return f"{path.name} is {path.stat().st_size} bytes instead of {part['bytes']}"
-        if (found := hash_of(path)) != part["sha256"]:
+        if (found := hash_of(path, progress)) != part["sha256"]:
             return (
                 f"{path.name} was changed after it was written (its sha256 is {found[:12]}..., the manifest says"
                 f" {part['sha256'][:12]}...)"

@@ -190,11 +190,14 @@ def _read_indexed(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def read_into(path: Path, wanted: Iterable[Wanted]) -> None:
+def read_into(path: Path, wanted: Iterable[Wanted], progress: Callable[[], None] = lambda: None) -> None:
     """Fill tensors with values of one file, in few reads if they are wanted in the order of their bytes.
 
     Straight into place where `Wanted.direct`. All else passes through `STAGING_BYTES` of host memory (page-locked for a
     GPU), which is all that this takes beside the tensors.
+
+    Args:
+        progress: called after each read.
 
     Raises:
         CheckpointError: no such file, it ends too early, or the disk refused.
@@ -208,7 +211,7 @@ def read_into(path: Path, wanted: Iterable[Wanted]) -> None:
                     on_gpu = staged[0].into.device.type == "cuda"
                     staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
                 buffers = _buffers(run, staging)
-                _read(file.fileno(), [buffer.numpy().data for buffer in buffers], run[0].start)
+                _read(file.fileno(), [buffer.numpy().data for buffer in buffers], run[0].start, progress)
                 for piece, buffer in zip(run, buffers, strict=True):
                     if not piece.direct:
                         piece.into.copy_(buffer.view(piece.dtype))
@@ -264,7 +267,7 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def _read(descriptor: int, buffers: list[memoryview], start: int) -> None:
+def _read(descriptor: int, buffers: list[memoryview], start: int, progress: Callable[[], None]) -> None:
     """Fill all buffers, in order, with the bytes from `start` on; one read may return less than it was asked for."""
     buffers = [buffer for buffer in buffers if len(buffer)]
     while buffers:
@@ -272,6 +275,7 @@ def _read(descriptor: int, buffers: list[memoryview], start: int) -> None:
         if count == 0:
             raise EOFError(f"ends at byte {start}, in the middle of a tensor")
         start += count
+        progress()
         while buffers and count >= len(buffers[0]):
             count -= len(buffers.pop(0))
         if count:

@@ -128,6 +128,7 @@ def load_weights(
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = lambda line: None,
     convert: Convert | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Give `model`, usually built on the meta device, the weights in `folder`: of its own experts only.
 
@@ -142,6 +143,7 @@ def load_weights(
         convert: called once for each parameter, with its name and its whole value on `device`, before it is put in
             place; what it returns, of any dtype and shape, takes the place (a quantised form of frozen weights, say).
             At most one module's values are held unconverted at a time.
+        progress: called after each read from a file.
 
     Raises:
         CheckpointError: the folder does not hold this model, or a number of it is infinite or undefined.
@@ -165,7 +167,7 @@ def load_weights(
     for number, (file, names) in enumerate(files, start=1):
         for together in places.portions(names, held):
             wanted = [_wanted(checkpoint.tensors[name], held[name], places, model.local_experts) for name in together]
-            read_into(folder / file, wanted)
+            read_into(folder / file, wanted, progress)
             done += sum(one.size_bytes for one in wanted)
             del wanted  # it holds on to values that are converted now
             places.arrived(held[name].parameter for name in together)

@@ -15,18 +15,18 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.checkpoint.folder import sync, write_json
 from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.part_file import write_part
 from finetune.checkpoint.shards import listed, read_header
 
 MANIFEST = "manifest.json"
@@ -51,15 +51,26 @@ class Written:
 class Writer:
     """What one rank writes, one checkpoint at a time."""
 
-    def __init__(self, root: Path, *, rank: int, ranks: int, token: str, keep: int):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        rank: int,
+        ranks: int,
+        token: str,
+        keep: int,
+        progress: Callable[[], None] = lambda: None,
+    ):
         """Nothing is written yet.
 
         Args:
             token: the same on all ranks of this start of the run, and of no other start.
             keep: how many checkpoints stay, the newest included; at least 1.
+            progress: called, by the thread, after each piece that is written.
         """
         assert keep >= 1, "the checkpoint just written cannot be deleted"
         self._root, self._rank, self._ranks, self._token, self._keep = root, rank, ranks, token, keep
+        self._progress = progress
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[Written | None] | None = None
         self._abandoned = threading.Event()
@@ -124,7 +135,7 @@ class Writer:
                 partial.mkdir(parents=True)
             else:
                 self._wait_for_folder(partial)
-            _write_part(partial, self._rank, tensors)
+            _write_part(partial, self._rank, tensors, self._progress)
             if self._rank != 0:
                 return None
             self._wait_for_parts(partial)
@@ -162,14 +173,13 @@ class Writer:
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _write_part(partial: Path, rank: int, tensors: dict[str, Tensor]) -> None:
+def _write_part(partial: Path, rank: int, tensors: dict[str, Tensor], progress: Callable[[], None]) -> None:
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(f"{partial}: not written, not finite on rank {rank}: {listed(broken)}")
     path = partial / f"part-{rank:05d}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    sync(path)
-    part = {"file": path.name, "bytes": path.stat().st_size, "sha256": hash_of(path), "tensors": len(tensors)}
+    size, sha256 = write_part(path, tensors, progress)
+    part = {"file": path.name, "bytes": size, "sha256": sha256, "tensors": len(tensors)}
     # Renamed into place, and nothing after that: as soon as rank 0 sees the last one, it waits for the disk, and this
     # folder has another name.
     described = _description(partial, rank)
@@ -232,12 +242,6 @@ def step_of(folder: Path) -> int:
     """N of `step-N`, and of what is left of one that was being written or deleted; -1 for any other name."""
     found = STEP.match(folder.name)
     return int(found[1]) if found else -1
-
-
-def hash_of(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_of_values(manifest: dict[str, Any]) -> str:

@@ -81,20 +81,26 @@ class Kernels:
     said: list[str] = field(default_factory=list)  # and why, a sentence each
 
 
-def choose(*, experts: str, layers: str, mixers: str, place: Place) -> Kernels:
+def choose(
+    *, experts: str, layers: str, mixers: str, place: Place, progress: Callable[[], None] = lambda: None
+) -> Kernels:
     """The fastest forms that the recipe allows and that are right here.
 
     Args:
         experts: auto, fused, grouped or loop, as `kernels.experts` of the recipe says.
         layers: auto, fused or plain, as `kernels.layers` says; and so `mixers`.
+        progress: called after each trial.
 
     Raises:
         KernelError: a form was asked for by name and does not run here, or disagrees with its definition.
     """
     kernels = Kernels()
     kernels.names["experts"] = _choose_experts(experts, place, kernels)
+    progress()
     kernels.layers = _chosen("layers", layers, Layers(), {"fused": _fused_layers}, place, kernels)
+    progress()
     kernels.mixers = _chosen("mixers", mixers, Mixers(), {"fused": _fused_mixers, "cpu": _cpu_mixers}, place, kernels)
+    progress()
     return kernels
 
 

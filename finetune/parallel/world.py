@@ -18,9 +18,10 @@ from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
-# Of every collective. Loading a large checkpoint on one rank must not end the others; and the watch over a rank, which
-# leaves the stacks of all, must come first (finetune/watch.py).
-TIMEOUT = timedelta(minutes=70)
+# Of every collective once the watch over the ranks has begun: longer than a rank may wait for one that makes progress,
+# such as rank 0, which tokenises for hours. The watch finds what hangs (finetune/watch.py).
+TIMEOUT = timedelta(days=7)
+UNWATCHED_TIMEOUT = timedelta(minutes=70)  # before that
 MEETING = timedelta(minutes=10)  # hosts of a cluster start minutes apart; none comes after that
 
 
@@ -104,11 +105,6 @@ def read_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def was_launched() -> bool:
-    """Whether DeepSpeed's launcher or SLURM started this process, so that its death is ours to notice."""
-    return "LOCAL_SIZE" in os.environ
-
-
 def start(expert_size: int) -> World:
     """Join the other ranks and build the expert groups. Collective.
 
@@ -130,10 +126,10 @@ def start(expert_size: int) -> World:
         _choose_interface()
     if not dist.is_initialized():
         _meet(rank, size)
-    deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
+    deepspeed.init_distributed(verbose=False, timeout=UNWATCHED_TIMEOUT)
     groups._create_expert_and_data_parallel(expert_size)
     expert_group = groups._get_expert_parallel_group(group_name(expert_size)) if expert_size > 1 else None
-    set_timeouts()
+    set_timeouts(UNWATCHED_TIMEOUT)
     return World(
         rank=rank,
         size=size,
@@ -145,10 +141,10 @@ def start(expert_size: int) -> World:
     )
 
 
-def set_timeouts() -> None:
-    """Give every group of this rank the run's timeout; DeepSpeed makes them with torch's, 10 minutes under NCCL."""
+def set_timeouts(timeout: timedelta = TIMEOUT) -> None:
+    """Give every group of this rank this timeout; DeepSpeed makes them with torch's, 10 minutes under NCCL."""
     for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(TIMEOUT, group)
+        c10d._set_pg_timeout(timeout, group)
 
 
 def _device() -> torch.device:
@@ -175,7 +171,7 @@ def _meet(rank: int, size: int) -> None:
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=MEETING))
         store.set_timeout(TIMEOUT)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=UNWATCHED_TIMEOUT)
     except (DistNetworkError, DistStoreError) as error:
         raise MeetingError(
             f"the {size} ranks do not find each other at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
