@@ -32,6 +32,7 @@ Nextune: fine-tune Qwen3-Next and Qwen3-Coder-Next.
   srun ... ./launch.sh RECIPE.yaml ...           the same under SLURM: every task is a rank
   ./launch.sh test [--fast|--all] [pytest ...]   set up with the development tools, then format, lint, types and tests
                                                  (--fast stops before the tests, --all adds the slow ones)
+  ./launch.sh docs                               build the documentation site into site/; a warning is an error
   ./launch.sh setup                              only set up
   ./launch.sh --help                             this text
 
@@ -66,6 +67,13 @@ main() {
       run_tests "${@:2}"
       return
       ;;
+    docs)
+      [[ $# -eq 1 ]] || fail "docs takes no arguments, but got: ${*:2}"
+      set_up dev
+      build_docs "$ROOT/site"
+      say "The documentation is in site/index.html."
+      return
+      ;;
     *.yaml | *.yml)
       recipe=$1
       shift
@@ -73,7 +81,7 @@ main() {
       [[ -f $recipe ]] || fail "no recipe $recipe, neither here nor in $ROOT"
       ;;
     "" | --*) ;;
-    *) fail "'$1' is neither a command (setup, test) nor a recipe (a .yaml file); ./launch.sh --help lists what is" ;;
+    *) fail "'$1' is neither a command (setup, test, docs) nor a recipe (a .yaml file); ./launch.sh --help lists what is" ;;
   esac
   read_options "$@"
   [[ -n $HOSTFILE ]] || require_slurm_numbers
@@ -494,6 +502,7 @@ run_tests() { # --fast|--all, then pytest's arguments
   ruff format --check .
   ruff check .
   mypy
+  build_docs "$VENV/site"
   case ${1:-} in
     --fast) return ;;
     --all)
@@ -502,6 +511,10 @@ run_tests() { # --fast|--all, then pytest's arguments
       ;;
   esac
   exec pytest -q "${which[@]}" "$@"
+}
+
+build_docs() { # the folder to write; quiet but for warnings, which end it
+  (cd "$ROOT" && NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true "$VENV/bin/mkdocs" build --quiet --site-dir "$1")
 }
 
 main "$@"

@@ -23,7 +23,7 @@ esac
 if [[ $name == python* && $1 == -m && $2 == venv ]]; then
   folder=${{!#}}
   mkdir -p "$folder/bin"
-  for tool in python deepspeed ruff mypy pytest; do cp "$0" "$folder/bin/$tool"; done
+  for tool in python deepspeed ruff mypy mkdocs pytest; do cp "$0" "$folder/bin/$tool"; done
 fi
 name=${{name/python3.11/python}}
 echo "$name $*" >>"$CALLS"
@@ -143,7 +143,7 @@ def test_script_has_no_syntax_error_and_says_how_it_is_used(checkout: Checkout) 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["train"], "'train' is neither a command (setup, test) nor a recipe"),
+        (["train"], "'train' is neither a command (setup, test, docs) nor a recipe"),
         (["recipes/none.yaml"], "no recipe recipes/none.yaml"),
         (["--set", "steps"], "--set wants key=value"),
         (
@@ -531,6 +531,7 @@ def test_checks_run_in_order_and_pytest_has_the_last_word(checkout: Checkout) ->
         "ruff format --check .",
         "ruff check .",
         "mypy ",
+        "mkdocs build --quiet --site-dir ROOT/.venv/site",
         "pytest -q -m not slow -x tests/test_model.py",
     ]
     checkout.launch("test", "--all")
