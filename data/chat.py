@@ -1,38 +1,25 @@
-"""Conversations as token ids and a mask of what is trained, through the checkpoint's own chat template.
+"""Rows as token ids and a mask of what is trained; conversations through the checkpoint's own chat template.
 
-The template is rendered for the whole conversation; an assistant turn is what its rendering adds to the rendering of
-the messages before it with the generation prompt, which is exactly what the model is asked to write at inference. The
-text between control tokens and between trained and given parts is tokenised piece by piece, again as at inference:
-there, the prompt's tokens are fixed before the first token of the answer exists.
+The text between control tokens and between trained and given parts is tokenised piece by piece, as at inference: there,
+the prompt's tokens are fixed before the first token of the answer exists.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from data.formats import Completion, Content, Conversation, Message, Text
 from data.sources import DataError, RowError
+from data.template import Piece, TemplateText
+from data.template_process import TemplateProcess
 from data.tokenizer import Tokenizer
 
-PRIVATE_USE = range(0xE000, 0xF900)
-THINKING = ("<think>", "</think>")
-
-
-class Piece(NamedTuple):
-    """A stretch of a document: plain text, or one control token."""
-
-    text: str
-    is_control: bool
-    is_trained: bool
+PORTION = 1 << 19  # characters that are tokenised at once, to the next line end
+LONGEST_LINE = 2 << 20
+_LINE_START = re.compile(r"\n(?=[^\s\x00-\x20\x7f-\xa0\u180e\u200b-\u200f\u2060-\u206f\ufeff])")
 
 
 class Document(NamedTuple):
@@ -43,7 +30,7 @@ class Document(NamedTuple):
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, compiled as transformers compiles it."""
+    """A checkpoint's chat template, rendered in a process of its own."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         source = tokenizer.chat_template
@@ -56,13 +43,8 @@ class ChatTemplate:
             raise DataError(
                 f"{tokenizer.place}: the chat template knows no add_generation_prompt, so turns have no start"
             )
-        self._source = source
-        self._control = tokenizer.control_pattern
-        self._variables = tokenizer.template_variables
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"{tokenizer.place}: chat template, line {error.lineno}: {error.message}") from None
+        controls = tuple(tokenizer.control_ids)
+        self._process = TemplateProcess(TemplateText(source, tokenizer.template_variables, controls, tokenizer.place))
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, *, prompt: bool) -> str:
         """The text of `messages`, with the start of an assistant turn after it if `prompt`.
@@ -70,173 +52,110 @@ class ChatTemplate:
         Raises:
             RowError: the template refuses these messages.
         """
-        variables = {**self._variables, "messages": messages, "tools": tools, "documents": None}
-        try:
-            return self._template.render(**variables, add_generation_prompt=prompt)
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
-            raise RowError("chat template", f"the chat template refuses this row ({error})") from None
+        return self._process.render(messages, tools, prompt=prompt)
 
-    def pieces(self, conversation: Conversation) -> list[Piece]:
-        """The rendered conversation, cut at control tokens and at the borders of trained turns.
+    def pieces(self, conversations: Sequence[Conversation]) -> list[list[Piece] | RowError]:
+        """Each rendered conversation, cut at control tokens and at the borders of trained turns.
 
-        Raises:
-            RowError: the template refuses the row or rewrites earlier turns, so that no mask is right.
+        In place of one that the template refuses, or whose earlier turns it rewrites, is the error that says so.
         """
-        mark = self._unused_character(conversation)
-        messages = [self._escape(message, mark, message["role"] == "assistant") for message in conversation.messages]
-        tools = self._escape(conversation.tools, mark, False) if conversation.tools else None
-        whole = self.render(messages, tools, prompt=False)
-        pieces: list[Piece] = []
-        position = 0
-        for index in filter(conversation.trained, range(len(messages))):
-            start, end = self._turn(messages, tools, index, whole)
-            pieces += self._cut(whole[position:start], mark, is_trained=False)
-            pieces += self._cut(whole[start:end], mark, is_trained=True)
-            position = end
-        return pieces + self._cut(whole[position:], mark, is_trained=False)
-
-    def _turn(self, messages: list[Message], tools: Any, index: int, whole: str) -> tuple[int, int]:
-        """Where the tokens that the model writes in turn `index` begin and end in `whole`."""
-        if index == 0:
-            raise RowError("bad message", "messages[0]: the assistant speaks first; a turn needs something to answer")
-        before = self.render(messages[:index], tools, prompt=True)
-        after = whole if index + 1 == len(messages) else self.render(messages[: index + 1], tools, prompt=False)
-        if not (whole.startswith(after) and after.startswith(before)):
-            raise RowError(
-                "rewritten turns",
-                f"messages[{index}]: the chat template renders the turns up to here differently once others follow, "
-                "so no single mask is right; split the conversation so that this turn is the last",
-            )
-        # What follows the control token that ends the turn is written by the template, never by the model.
-        ends = [found.end() for found in self._control.finditer(after, len(before))]
-        if not ends or after[ends[-1] :].strip():
-            raise RowError(
-                "unfinished turn", f"messages[{index}]: the chat template ends the turn without a control token"
-            )
-        return len(before), ends[-1]
-
-    def _cut(self, text: str, mark: str, *, is_trained: bool) -> list[Piece]:
-        parts = self._control.split(text)
-        pieces = [Piece(part.replace(mark, ""), bool(i % 2), is_trained) for i, part in enumerate(parts)]
-        return [piece for piece in pieces if piece.text]
-
-    def _unused_character(self, conversation: Conversation) -> str:
-        used = set(self._source).union(*_strings([conversation.messages, conversation.tools]))
-        found = next((chr(code) for code in PRIVATE_USE if chr(code) not in used), None)
-        if found is None:
-            raise RowError("bad message", "holds every private-use character there is")
-        return found
-
-    def _escape(self, value: Any, mark: str, is_assistant: bool) -> Any:
-        """`value` with `mark` inside every control token written in its strings: those are text, not turn borders.
-
-        The one exception is an assistant's own <think> block where the template knows about thinking.
-        """
-        thinks = is_assistant and all(token in self._source for token in THINKING)
-
-        def escape(found: re.Match[str]) -> str:
-            token = found[0]
-            return token if thinks and token in THINKING else token[0] + mark + token[1:]
-
-        return _map_strings(value, lambda text: self._control.sub(escape, text))
+        return self._process.pieces(conversations)
 
 
-def pieces_of(content: Content, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[Piece]:
-    """The pieces of any row. A text ends in the end-of-document token, a completion in the checkpoint's stop token.
+def pieces_of(
+    contents: Sequence[Content], tokenizer: Tokenizer, template: ChatTemplate | None
+) -> list[list[Piece] | RowError]:
+    """The pieces of rows. A text ends in the end-of-document token, a completion in the checkpoint's stop token.
 
-    Raises:
-        RowError: the row cannot be rendered, or holds characters that no text encoding has.
+    In place of a row that cannot be rendered, or holds characters that no text encoding has, is the error that says so.
     """
-    if isinstance(content, Conversation):
-        assert template is not None, "conversations need a chat template"
-        pieces = template.pieces(content)
-    elif isinstance(content, Completion):
+    conversations = [content for content in contents if isinstance(content, Conversation)]
+    assert template is not None or not conversations, "conversations need a chat template"
+    rendered = iter(template.pieces(conversations) if template is not None else ())
+    rows = [next(rendered) if isinstance(one, Conversation) else _plain_pieces(one, tokenizer) for one in contents]
+    return [row if isinstance(row, RowError) else _checked(row, tokenizer) for row in rows]
+
+
+def _plain_pieces(content: Content, tokenizer: Tokenizer) -> list[Piece]:
+    if isinstance(content, Completion):
         stop = tokenizer.control_token(tokenizer.eos_id)
         given = [Piece(content.prompt, False, False)] if content.prompt else []
-        pieces = [*given, Piece(content.completion, False, True), Piece(stop, True, True)]
-    else:
-        assert isinstance(content, Text)
-        pieces = [Piece(content.text, False, True), Piece(tokenizer.control_token(tokenizer.document_id), True, True)]
-    for piece in pieces:
+        return [*given, Piece(content.completion, False, True), Piece(stop, True, True)]
+    assert isinstance(content, Text)
+    return [Piece(content.text, False, True), Piece(tokenizer.control_token(tokenizer.document_id), True, True)]
+
+
+def _checked(row: list[Piece], tokenizer: Tokenizer) -> list[Piece] | RowError:
+    for piece in row:
         try:
             piece.text.encode()
         except UnicodeEncodeError as error:
-            raise RowError("not UTF-8", f"half of a surrogate pair ({piece.text[error.start]!a})") from None
-    return pieces
+            return RowError("not UTF-8", f"half of a surrogate pair ({piece.text[error.start]!a})")
+        try:
+            portions(piece.text, tokenizer)
+        except RowError as error:
+            return error
+    return row
 
 
 def encode(rows: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[Document]:
     """The documents of many rows; texts that recur in them (`user`, newlines) are tokenised once."""
-    texts = list({piece.text: None for row in rows for piece in row if not piece.is_control})
-    ids_of = dict(zip(texts, tokenizer.encode_plain_batch(texts), strict=True))
+    texts = {piece.text: None for row in rows for piece in row if not piece.is_control}
+    short = [text for text in texts if len(text) <= PORTION]
+    ids_of = {
+        text: np.array(ids, np.int64) for text, ids in zip(short, tokenizer.encode_plain_batch(short), strict=True)
+    }
     documents = []
     for row in rows:
-        runs = [[tokenizer.control_id(p.text)] if p.is_control else ids_of[p.text] for p in row]
-        trained = [piece.is_trained for piece in row]
+        runs = [_ids(piece, ids_of, tokenizer) for piece in row]
+        trained = np.array([piece.is_trained for piece in row], np.bool_)
         documents.append(
             Document(
-                ids=np.array([token for run in runs for token in run], np.int64),
-                trained=np.repeat(np.array(trained, np.bool_), [len(run) for run in runs]),
+                ids=np.concatenate([*runs, np.empty(0, np.int64)]),
+                trained=np.repeat(trained, [len(run) for run in runs]),
             )
         )
     return documents
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
-    return value
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in chain(value.keys(), value.values()) if isinstance(value, dict) else value:
-            yield from _strings(item)
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: some templates mark assistant text so; it renders as its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The settings, filters and globals that templates are written for.
-
-    Source: `_compile_jinja_template`, transformers 5.23.
-    """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+def _ids(piece: Piece, ids_of: Mapping[str, NDArray[np.int64]], tokenizer: Tokenizer) -> NDArray[np.int64]:
+    if piece.is_control:
+        return np.array([tokenizer.control_id(piece.text)], np.int64)
+    if piece.text in ids_of:
+        return ids_of[piece.text]
+    return np.concatenate(
+        [np.array(tokenizer.encode_plain(part), np.int64) for part in portions(piece.text, tokenizer)]
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def portions(text: str, tokenizer: Tokenizer) -> list[str]:
+    """A long text cut where its tokens are the same as without a cut; its tokenizer takes 100 bytes a character.
+
+    No piece that this family's tokenizers merge holds a line end with a character of the next line, so `text` is cut
+    there; where two hundred characters around a cut say otherwise, the next line end is tried.
+
+    Raises:
+        RowError: a line is longer than `LONGEST_LINE`.
+    """
+    parts, start = [], 0
+    while len(text) - start > PORTION:
+        cut = next(
+            (
+                found.start() + 1
+                for found in _LINE_START.finditer(text, start + PORTION, start + PORTION + LONGEST_LINE)
+                if _is_seam(text, found.start() + 1, tokenizer)
+            ),
+            None,
+        )
+        if cut is None:
+            if len(text) - start > PORTION + LONGEST_LINE:
+                raise RowError("too long", f"holds a line of more than {LONGEST_LINE:,} characters; break it")
+            break
+        parts.append(text[start:cut])
+        start = cut
+    return [*parts, text[start:]]
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _is_seam(text: str, cut: int, tokenizer: Tokenizer) -> bool:
+    before, after = text[cut - 100 : cut], text[cut : cut + 100]
+    return tokenizer.encode_plain(before + after) == tokenizer.encode_plain(before) + tokenizer.encode_plain(after)

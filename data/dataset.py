@@ -11,16 +11,16 @@ import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from data.chat import ChatTemplate, Document, Piece, encode, pieces_of
-from data.formats import Content, Conversation, Text, read_contents
+from data.chat import ChatTemplate, Document, encode, pieces_of
+from data.formats import Content, Conversation, Text, read_contents, size_of
 from data.packing import Batch, best_fit, collate, split_long, supervised_tokens
 from data.sources import BadRows, DataError, RowError, Source, source_files
 from data.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ from data.tokenizer import Tokenizer
 # Part of every folder's name: raise it when a change makes other tokens, masks or packs from the same data.
 CODE_VERSION = 1
 ROWS_AT_ONCE = 256
+CHARACTERS_AT_ONCE = 4 << 20
 REPORT_EVERY_ROWS = 50_000
 OVER_LONG = "over-long"
 
@@ -189,37 +190,45 @@ def _documents(
     sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, bad_rows: BadRows
 ) -> Iterator[list[Document]]:
     """The documents that each usable row becomes, tokenised in groups of rows."""
-    rendered = _rendered(sources, tokenizer, bad_rows)
-    while group := list(islice(rendered, ROWS_AT_ONCE)):
+    template: ChatTemplate | None = None
+    for group in _groups(read_contents(sources, bad_rows)):
+        if template is None and any(isinstance(content, Conversation) for _, content in group):
+            template = ChatTemplate(tokenizer)
+        rendered = []
+        for (place, content), pieces in zip(
+            group, pieces_of([row[1] for row in group], tokenizer, template), strict=True
+        ):
+            if isinstance(pieces, RowError):
+                bad_rows.add(pieces.at(place))
+            else:
+                rendered.append((place, content, pieces))
         if bad_rows.stopping:
             continue
-        for row, document in zip(group, encode([row.pieces for row in group], tokenizer), strict=True):
+        for (place, content, _), document in zip(
+            rendered, encode([row[2] for row in rendered], tokenizer), strict=True
+        ):
             try:
-                documents = _fit(row.content, document, settings)
+                documents = _fit(content, document, settings)
             except RowError as error:
                 stops = settings.over_long == "stop" if error.reason == OVER_LONG else None
-                bad_rows.add(error.at(row.place), stops=stops)
+                bad_rows.add(error.at(place), stops=stops)
             else:
                 yield documents
 
 
-class _RenderedRow(NamedTuple):
-    place: str
-    content: Content
-    pieces: list[Piece]
-
-
-def _rendered(sources: Sequence[Source], tokenizer: Tokenizer, bad_rows: BadRows) -> Iterator[_RenderedRow]:
-    template: ChatTemplate | None = None
-    for place, content in read_contents(sources, bad_rows):
-        if template is None and isinstance(content, Conversation):
-            template = ChatTemplate(tokenizer)
-        try:
-            pieces = pieces_of(content, tokenizer, template)
-        except RowError as error:
-            bad_rows.add(error.at(place))
-        else:
-            yield _RenderedRow(place, content, pieces)
+def _groups(rows: Iterable[tuple[str, Content]]) -> Iterator[list[tuple[str, Content]]]:
+    """Rows that are rendered and tokenised together; a long one is by itself."""
+    group: list[tuple[str, Content]] = []
+    characters = 0
+    for row in rows:
+        size = size_of(row[1])
+        if group and (len(group) == ROWS_AT_ONCE or characters + size > CHARACTERS_AT_ONCE):
+            yield group
+            group, characters = [], 0
+        group.append(row)
+        characters += size
+    if group:
+        yield group
 
 
 def _fit(content: Content, document: Document, settings: Settings) -> list[Document]:

@@ -1,11 +1,13 @@
 """The columns of a row, in any format in use, as what training needs: a conversation, a completion or a text."""
 
-import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from data.sources import BadRows, Format, RowError, Source, read_rows, source_files
+from monitoring.json_file import FormError, load_text
 
 Message = dict[str, Any]
 
@@ -49,6 +51,22 @@ ROLES = {
     **{"function_call": "assistant", "tool_call": "assistant"},
 }
 CALL_ROLES = ("function_call", "tool_call")
+
+
+def size_of(content: Content) -> int:
+    """How many characters a row holds."""
+    if isinstance(content, Conversation):
+        return sum(map(len, strings([content.messages, content.tools])))
+    return len(content.text) if isinstance(content, Text) else len(content.prompt) + len(content.completion)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in chain(value.keys(), value.values()) if isinstance(value, dict) else value:
+            yield from strings(item)
 
 
 def read_contents(sources: Iterable[Source], bad_rows: BadRows) -> Iterator[tuple[str, Content]]:
@@ -146,10 +164,22 @@ def _conversation(turns: list[Any], columns: dict[str, Any], name: str, first_tr
         definition = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(definition, dict) or not isinstance(definition.get("name"), str):
             raise RowError("bad tool", f"tools[{index}]: expected an object with a name")
+    _refuse_not_finite([messages, tools], name)
     conversation = Conversation(messages, tools, first_trained)
     if not any(map(conversation.trained, range(len(messages)))):
         raise RowError("no assistant turn", f"{name}: no assistant turn to learn from")
     return conversation
+
+
+def _refuse_not_finite(value: Any, name: str) -> None:
+    """NaN is read, since an unused column may hold it, but never rendered: the model would learn to write it."""
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, dict | list):
+            waiting += inner.values() if isinstance(inner, dict) else inner
+        elif isinstance(inner, float) and not math.isfinite(inner):
+            raise RowError("not JSON", f"{name}: holds the number {inner}, which JSON has no word for")
 
 
 def _message(turn: Any, name: str) -> Message:
@@ -209,11 +239,10 @@ def _parsed(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise RowError("not JSON", f"{name}: not valid JSON ({error.msg} at character {error.pos + 1})") from None
-    except RecursionError:
-        raise RowError("not JSON", f"{name}: nested too deeply") from None
+        return load_text(value, unique_keys=True, half_characters=True)
+    except FormError as error:
+        where = f" at character {error.column}" if error.line == 1 else f" at line {error.line}" if error.line else ""
+        raise RowError("not JSON", f"{name}: {error}{where}") from None
 
 
 def _list(columns: dict[str, Any], name: str, place: str | None = None) -> list[Any]:

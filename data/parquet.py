@@ -6,22 +6,43 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Features, Json, LargeList, List
+from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
+
+from data.json_stream import MOST_ROW_BYTES
+from monitoring.json_file import open_regular
 
 ROWS_AT_ONCE = 1024
 
 
-def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of one file, JSON columns decoded.
+def parquet_rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The rows of one file, JSON columns decoded; None in place of one above `MOST_ROW_BYTES`.
 
     Raises:
         ValueError: not a parquet file, or a column of a type that has no counterpart in Python.
     """
-    with ParquetFile(path) as file:
-        features = Features.from_arrow_schema(file.schema_arrow)
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE):
-            for row in batch.to_pylist():
-                yield _as_written(row, features)
+    open_regular(path).close()
+    try:
+        with ParquetFile(path) as file:
+            features = Features.from_arrow_schema(file.schema_arrow)
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(_rows_at_once(file, group), row_groups=[group]):
+                    whole = batch.nbytes <= MOST_ROW_BYTES
+                    for part in [batch] if whole else [batch.slice(row, 1) for row in range(len(batch))]:
+                        if part.nbytes > MOST_ROW_BYTES:
+                            yield None
+                            continue
+                        for row in part.to_pylist():
+                            yield _as_written(row, features)
+    except (ArrowException, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _rows_at_once(file: ParquetFile, group: int) -> int:
+    """As many rows as are read into `MOST_ROW_BYTES` if all of the group are alike."""
+    described = file.metadata.row_group(group)
+    row_bytes = max(1, described.total_byte_size // max(1, described.num_rows))
+    return max(1, min(ROWS_AT_ONCE, MOST_ROW_BYTES // row_bytes))
 
 
 def _as_written(value: Any, feature: Any) -> Any:

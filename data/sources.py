@@ -6,19 +6,23 @@ because a library that guesses one schema for all rows invents nulls in the othe
 
 import glob
 import gzip
-import json
-import re
+import io
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, cast
 
-from data.parquet import parquet_rows
+from data.json_stream import MOST_ROW_BYTES, TOO_LONG, bounded_lines, json_values
+from monitoring.file_search import SearchError, files_below, matches
+from monitoring.json_file import FileError, FormError, kind_of, load_text, open_regular, reason
 
 Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"]
 REPORTED_ROWS = 10
+LONGEST_DETAIL = 500  # characters
 # After a bad row, this many more are looked at for others to report with it.
 LOOK_AHEAD_ROWS = 100_000
 
@@ -31,6 +35,8 @@ class RowError(DataError):
     """One row that cannot be trained on. `reason` is the short name under which it is counted."""
 
     def __init__(self, reason: str, detail: str, place: str = "") -> None:
+        detail = " ".join(detail.split("\n"))  # it may quote the row
+        detail = detail if len(detail) <= LONGEST_DETAIL else f"{detail[:LONGEST_DETAIL]}..."
         super().__init__(f"{place}: {detail}" if place else detail)
         self.reason = reason
         self.detail = detail
@@ -104,17 +110,25 @@ def source_files(source: Source) -> list[Path]:
         DataError: there are none, one cannot be read in this format, or rows and other files are mixed.
     """
     path = Path(source.path).expanduser()
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-    else:
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        if not files and not glob.has_magic(str(path)):
-            raise DataError(f"{path}: no such file or folder; correct the path in data.train or data.eval")
+    files: list[Path] | None = None
+    try:
+        if path.is_dir():
+            files = sorted(files_below(path))
+        elif os.path.lexists(path):
+            files = [path]
+        elif glob.has_magic(str(path)):
+            files = sorted(set(matches(str(path))))
+    except SearchError as error:
+        raise DataError(f"{error}; correct the path in data.train or data.eval") from None
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise DataError(f"{str(path)[:200]}: is no path ({reason(error)}); correct it") from None
+    if files is None:
+        raise DataError(f"{path}: no such file or folder; correct the path in data.train or data.eval")
     if not files:
         raise DataError(f"{path}: holds no files; correct the path in data.train or data.eval")
     _refuse_unreadable(path, files, source.format)
+    for file in files:
+        _refuse_special(file)
     return files
 
 
@@ -127,6 +141,12 @@ def read_rows(path: Path) -> Iterator[RawRow | RowError]:
     reader = _reader(path) or _read_whole
     try:
         yield from reader(path)
+    except FormError as error:
+        raise DataError(
+            f"{path}{_where(error)}: {error}; correct it, or write one row a line in a .jsonl file"
+        ) from None
+    except FileError as error:
+        raise DataError(str(error)) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); copy it again") from None
     except OSError as error:
@@ -134,76 +154,80 @@ def read_rows(path: Path) -> Iterator[RawRow | RowError]:
 
 
 def _read_json_lines(path: Path) -> Iterator[RawRow | RowError]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with _opened(path) as file:
+        for number, line in bounded_lines(file):
             place = f"{path}:{number}"
-            if not line.strip():
+            if line is None:
+                yield RowError("too long", TOO_LONG, place)
                 continue
             try:
-                row = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
+                row = load_text(line.rstrip(b"\r\n").decode("utf-8"), unique_keys=True, half_characters=True)
             except UnicodeDecodeError as error:
                 yield RowError("not UTF-8", f"not UTF-8 ({error.reason})", f"{place}:{error.start + 1}")
-            except json.JSONDecodeError as error:
-                yield RowError("not JSON", f"not JSON ({error.msg})", f"{place}:{error.colno}")
-            except RecursionError:
-                yield RowError("not JSON", "nested too deeply", place)
+            except FormError as error:
+                yield RowError("not JSON", str(error), f"{place}:{error.column}" if error.column else place)
             else:
                 yield _object(place, row)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a regular file, decompressed if its name ends in .gz."""
+    with open_regular(path) as raw, io.BufferedReader(cast(io.RawIOBase, raw)) as file:
+        if path.suffix.lower() != ".gz":
+            yield file
+            return
+        with gzip.open(file) as unpacked:
+            yield cast(IO[bytes], unpacked)
+
+
 def _read_json(path: Path) -> Iterator[RawRow | RowError]:
     """One list of rows, or rows after one another, each over as many lines as it likes."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start}); convert it") from None
-    decoder = json.JSONDecoder()
-    in_list = text.lstrip()[:1] == "["
-    gap = re.compile(r"\s*,?\s*" if in_list else r"\s*")
-    position = _skip(re.compile(r"\s*\[?\s*"), text, 0) if in_list else _skip(gap, text, 0)
-    line, counted = 1, 0
-    while position < len(text) and not (in_list and text[position] == "]"):
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            row, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise _broken_json(path, f"{error.lineno}:{error.colno}", error.msg) from None
-        except RecursionError:
-            raise _broken_json(path, str(line), "nested too deeply") from None
-        yield _object(f"{path}:{line}", row)
-        position = _skip(gap, text, position)
-    if in_list and text[position:].strip() != "]":
-        raise _broken_json(path, str(text.count("\n") + 1), "the list of rows does not end with the file")
-
-
-def _skip(gap: re.Pattern[str], text: str, position: int) -> int:
-    found = gap.match(text, position)
-    return found.end() if found else position
-
-
-def _broken_json(path: Path, where: str, what: str) -> DataError:
-    return DataError(f"{path}:{where}: not JSON ({what}); correct it, or write one row a line in a .jsonl file")
+    with _opened(path) as file:
+        for line, row in json_values(file):
+            yield _object(f"{path}:{line}", row)
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow | RowError]:
+    from data.parquet import parquet_rows  # pyarrow and datasets take a second to import
+
     try:
         for number, row in enumerate(parquet_rows(path), start=1):
-            yield RawRow(f"{path}: row {number}", row)
+            place = f"{path}: row {number}"
+            yield RowError("too long", TOO_LONG, place) if row is None else RawRow(place, row)
+    except FileError:
+        raise
     except ValueError as error:
         raise DataError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())}); copy it again") from None
 
 
 def _read_whole(path: Path) -> Iterator[RawRow | RowError]:
+    with _opened(path) as file:
+        content = file.read(MOST_ROW_BYTES + 1)
+    if len(content) > MOST_ROW_BYTES:
+        yield RowError("too long", TOO_LONG, str(path))
+        return
     try:
-        yield RawRow(str(path), {"text": path.read_bytes().decode("utf-8")})
+        yield RawRow(str(path), {"text": content.decode("utf-8")})
     except UnicodeDecodeError as error:
         yield RowError("not UTF-8", f"not UTF-8 (byte {error.start})", str(path))
 
 
 def _object(place: str, row: Any) -> RawRow | RowError:
     if not isinstance(row, dict):
-        return RowError("not an object", f"expected an object with columns, found {type(row).__name__}", place)
+        return RowError("not an object", f"expected an object with columns, found {kind_of(row)}", place)
     return RawRow(place, row)
+
+
+def _where(error: FormError) -> str:
+    return "".join(f":{number}" for number in (error.line, error.column) if number)
+
+
+def _refuse_special(path: Path) -> None:
+    try:
+        open_regular(path).close()
+    except FileError as error:
+        raise DataError(f"{error}; leave it out with a glob, or correct the path") from None
 
 
 def _refuse_unreadable(path: Path, files: list[Path], kind: Format) -> None:
@@ -227,10 +251,6 @@ def _refuse_unreadable(path: Path, files: list[Path], kind: Format) -> None:
 def _reader(path: Path) -> Callable[[Path], Iterator[RawRow | RowError]] | None:
     name = path.name.lower()
     return next((reader for ending, reader in READERS.items() if name.endswith(ending)), None)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 READERS: dict[str, Callable[[Path], Iterator[RawRow | RowError]]] = {

@@ -18,6 +18,7 @@ from monitoring.files import replace_file
 
 # DeepSpeed's launcher ends every rank as soon as one has ended; a rank that left before rank 0 spoke would silence it.
 SECONDS_TO_SPEAK = 60
+LONGEST_LINE = 2_000  # characters of a message
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
@@ -30,12 +31,28 @@ def is_told(error: BaseException) -> bool:
     return isinstance(error, ValueError) and type(error).__module__.startswith(("finetune.", "data.", "monitoring."))
 
 
+def readable(error: BaseException) -> str:
+    """The message of an error as a terminal may show it: it can quote a file that somebody else wrote.
+
+    Control characters are escaped, and a line is at most `LONGEST_LINE` characters long.
+    """
+    lines = []
+    for line in str(error).split("\n"):
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:LONGEST_LINE])
+        lines.append(shown if len(line) <= LONGEST_LINE else f"{shown}... ({len(line):,} characters)")
+    return "\n".join(lines)
+
+
 def tell(error: ValueError) -> None:
     """Print, once, a mistake that every rank has found; returns on the other ranks when rank 0 has had time to."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"nextune: {error}", file=sys.stderr, flush=True)
+        print(f"nextune: {readable(error)}", file=sys.stderr, flush=True)
     elif isinstance(error, LostRankError):  # rank 0 may be the one that is gone
-        print(f"nextune: rank {os.environ['RANK']} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        print(
+            f"nextune: rank {os.environ['RANK']} on {socket.gethostname()}: {readable(error)}",
+            file=sys.stderr,
+            flush=True,
+        )
     else:
         time.sleep(SECONDS_TO_SPEAK)
 
@@ -50,7 +67,7 @@ def told_by_every_host() -> Iterator[None]:
         yield
     except ValueError as error:
         if is_told(error) and os.environ.get("RANK", "0") != "0" and os.environ.get("LOCAL_RANK") == "0":
-            print(f"nextune: {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+            print(f"nextune: {socket.gethostname()}: {readable(error)}", file=sys.stderr, flush=True)
         raise
 
 

@@ -14,7 +14,7 @@ from finetune.assembly import Say
 from finetune.balance import RouterLossError
 from finetune.checkpoint.resume import newest_name
 from finetune.checkpoint.weights import resolve_model
-from finetune.failure import LostRankError, is_told, record_crash, told_by_every_host
+from finetune.failure import LostRankError, is_told, readable, record_crash, told_by_every_host
 from finetune.launcher import Launcher
 from finetune.model.config import ModelConfig
 from finetune.parallel import world as worlds
@@ -89,7 +89,7 @@ def _run(recipe: Recipe, folder: Path, base: Path, world: worlds.World, say: Say
         if not is_told(error):
             record_crash(folder, error, rank=world.rank, step=run.step if run else None)
         elif not world.is_main and not isinstance(error, FOUND_BY_ALL):
-            print(f"nextune: rank {world.rank}: {error}", file=sys.stderr, flush=True)
+            print(f"nextune: rank {world.rank}: {readable(error)}", file=sys.stderr, flush=True)
         raise
     finally:
         watch.end()

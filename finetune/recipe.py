@@ -33,6 +33,7 @@ from finetune.recipe_sections import (
     Train,
 )
 from finetune.yaml_tree import Mistake, Node, Plain
+from monitoring.file_search import SearchError, matches
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 LONGEST_NAME = 100
@@ -146,7 +147,10 @@ def resolve(path: str, root: Path = CHECKOUT) -> Path | None:
         return None
     given = expanded(path)
     for place in (Path.cwd() / given, root / given):
-        if os.path.exists(place) or any(glob.iglob(str(place), recursive=True)):
+        try:
+            if os.path.exists(place) or (glob.has_magic(path) and any(matches(str(place)))):
+                return Path(os.path.normpath(place))
+        except SearchError:  # more than can be looked through; whoever reads it says so
             return Path(os.path.normpath(place))
     return None
 

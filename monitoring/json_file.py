@@ -14,6 +14,7 @@ from typing import IO, Any
 
 MOST_BYTES = 256 << 20  # a tokenizer.json of 250,000 tokens takes 20 MB
 MOST_DEPTH = 100
+TOO_DEEP = f"nested more than {MOST_DEPTH} deep"
 _MOST_DIGITS = 300  # a float64 has no more before its point; Python refuses to parse more than 4,300
 
 _KINDS = (
@@ -33,6 +34,14 @@ class FileError(ValueError):
 
 class MissingFileError(FileError):
     """There is no such file."""
+
+
+class FormError(ValueError):
+    """A text that is not JSON, or JSON that is refused; line and column from 1, or 0 where they are not known."""
+
+    def __init__(self, what: str, line: int = 0, column: int = 0) -> None:
+        super().__init__(what)
+        self.line, self.column = line, column
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -110,26 +119,42 @@ def parse_json(contents: bytes, place: str, *, unique_keys: bool = False) -> Any
     """
     try:
         text = contents.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = contents.count(b"\n", 0, error.start) + 1
+        raise FileError(f"{place}:{line}: not UTF-8 (byte {error.start})") from None
+    try:
+        return load_text(text, unique_keys=unique_keys)
+    except FormError as error:
+        where = f":{error.line}:{error.column}" if error.line else ""
+        raise FileError(f"{place}{where}: {error}") from None
+
+
+def load_text(text: str, *, unique_keys: bool = False, half_characters: bool = False) -> Any:
+    """The value of a JSON text within the limits of `parse_json`.
+
+    Args:
+        half_characters: accept half of a surrogate pair, for a reader that checks what it uses.
+
+    Raises:
+        FormError: it is not.
+    """
+    try:
         value = json.loads(
             text,
             parse_int=_integer if _LONG_NUMBER.search(text) else None,
             object_pairs_hook=_unique if unique_keys else None,
         )
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        line = contents.count(b"\n", 0, error.start) + 1
-        raise FileError(f"{place}:{line}: not UTF-8 (byte {error.start})") from None
-    except UnicodeEncodeError:
-        raise FileError(f"{place}: holds half of a surrogate pair, which is no character") from None
     except json.JSONDecodeError as error:
-        raise FileError(f"{place}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
+        raise FormError(f"not JSON ({error.msg})", error.lineno, error.colno) from None
     except RecursionError:
-        raise FileError(f"{place}: nested more than {MOST_DEPTH} deep") from None
-    except _FormError as error:
-        raise FileError(f"{place}: {error}") from None
-    if _is_deep(value):
-        raise FileError(f"{place}: nested more than {MOST_DEPTH} deep")
+        raise FormError(TOO_DEEP) from None
+    if is_deep(value):
+        raise FormError(TOO_DEEP)
+    if not half_characters and _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise FormError("holds half of a surrogate pair, which is no character") from None
     return value
 
 
@@ -151,10 +176,6 @@ def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-class _FormError(ValueError):
-    """JSON that is refused although it can be parsed."""
-
-
 def _refuse_special(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "special")
@@ -163,7 +184,7 @@ def _refuse_special(path: Path, mode: int) -> None:
 
 def _integer(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
-        raise _FormError(f"holds a number of {len(digits):,} digits ({digits[:8]}...)")
+        raise FormError(f"holds a number of {len(digits):,} digits ({digits[:8]}...)")
     return int(digits)
 
 
@@ -172,11 +193,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _FormError(f"has the key {twice[:80]!r} twice")
+        raise FormError(f"has the key {twice[:80]!r} twice")
     return value
 
 
-def _is_deep(value: Any) -> bool:
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested more than `MOST_DEPTH` deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MOST_DEPTH):
         level = [
@@ -188,3 +210,7 @@ def _is_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+# For values that follow one another in one text; a caller checks their depth.
+STRICT_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_unique)

@@ -106,7 +106,10 @@ def theirs():
 
 def document(content, tokenizer: Tokenizer):
     template = ChatTemplate(tokenizer) if isinstance(content, Conversation) else None
-    return encode([pieces_of(content, tokenizer, template)], tokenizer)[0]
+    [pieces] = pieces_of([content], tokenizer, template)
+    if isinstance(pieces, RowError):
+        raise pieces
+    return encode([pieces], tokenizer)[0]
 
 
 def trained_text(content, tokenizer: Tokenizer) -> list[str]:
@@ -148,7 +151,7 @@ def test_ids_and_mask_equal_transformers_on_random_conversations(tokenizer, thei
     rng = random.Random(0)
     conversations = [random_conversation(rng) for _ in range(150)]
     template = ChatTemplate(tokenizer)
-    documents = encode([template.pieces(conversation) for conversation in conversations], tokenizer)
+    documents = encode(template.pieces(conversations), tokenizer)
     turns = 0
     for conversation, found in zip(conversations, documents, strict=True):
         expected = theirs.apply_chat_template(

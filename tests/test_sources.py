@@ -173,12 +173,12 @@ def test_mistakes_in_lines_are_reported_together_with_line_and_column(tmp_path):
     assert str(caught.value).splitlines() == [
         f"{path}:2:14: not JSON (Expecting ',' delimiter)",
         f"{path}:3:14: not UTF-8 (invalid continuation byte)",
-        f"{path}:4: expected an object with columns, found list",
+        f"{path}:4: expected an object with columns, found a list",
         f"{path}:5: columns txt are no known format; known: messages, conversations, instruction + output, "
         "prompt + completion, text",
-        f"{path}:6: messages[1].tool_calls[0].function.arguments: not valid JSON "
-        "(Expecting property name enclosed in double quotes at character 2)",
-        f"{path}:7: nested too deeply",
+        f"{path}:6: messages[1].tool_calls[0].function.arguments: not JSON "
+        "(Expecting property name enclosed in double quotes) at character 2",
+        f"{path}:7: nested more than 100 deep",
         "correct these rows, or set data.on_bad_row: skip to train without them",
     ]
 
@@ -210,9 +210,9 @@ def test_the_search_for_further_mistakes_ends(tmp_path, monkeypatch):
     ("name", "content", "message"),
     [
         ("a.json", '[{"text": "x"},\n {"text" 1}]', r"a\.json:2:10: not JSON \(Expecting ':' delimiter\)"),
-        ("a.json", '[{"text": "x"},\n', r"a\.json:2: not JSON \(the list of rows does not end with the file\)"),
+        ("a.json", '[{"text": "x"},\n', r"a\.json:2:1: not JSON \(the list of rows does not end with the file\)"),
         ("a.json", '[{"text": "x"}] 7', r"the list of rows does not end with the file"),
-        ("a.json", b'["\xff"]', r"a\.json: not UTF-8 \(byte 2\)"),
+        ("a.json", b'["\xff"]', r"a\.json:1: not UTF-8 \(invalid start byte\)"),
         ("a.jsonl.gz", gzip.compress(lines(*ROWS).encode())[:-12], r"a\.jsonl\.gz: damaged gzip file"),
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: damaged gzip file"),
         ("a.parquet", b"PAR1 not", r"a\.parquet: cannot be read as parquet"),
@@ -327,7 +327,7 @@ def test_reasoning_has_one_name():
             "bad tool call",
             "[0].function.arguments: expected an object",
         ),
-        (assistant("", {"name": "f", "arguments": "{"}), "not JSON", "[0].function.arguments: not valid JSON"),
+        (assistant("", {"name": "f", "arguments": "{"}), "not JSON", "[0].function.arguments: not JSON"),
     ],
 )
 def test_a_bad_message_says_which_and_why(turn, reason, message):
@@ -342,7 +342,7 @@ def test_a_bad_message_says_which_and_why(turn, reason, message):
         ({"a": 1, "b": 2}, "auto", "unknown columns", "columns a, b are no known format"),
         ({"messages": [USER]}, "auto", "no assistant turn", "messages: no assistant turn"),
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "auto", "no assistant turn", "no assistant turn"),
-        ({"messages": "[{]"}, "auto", "not JSON", "messages: not valid JSON"),
+        ({"messages": "[{]"}, "auto", "not JSON", "messages: not JSON"),
         ({"messages": {"role": "user"}}, "auto", "bad message", "messages: expected a list, found dict"),
         ({"messages": [USER, ANSWER], "tools": [{"x": 1}]}, "auto", "bad tool", r"tools\[0\]: expected an object with"),
         ({"instruction": "Q", "output": None}, "alpaca", "bad column", "output: expected text, found NoneType"),

@@ -1,0 +1,177 @@
+"""Chat templates rendered in a process of its own, because a template is a program that somebody else wrote.
+
+A loop in a loop, a power, or text doubled forty times would take hours or all memory, much of it inside one operation
+of the interpreter, which no thread can end. The kernel ends this process when a row takes more processor time than
+`SECONDS_A_ROW` or more memory than `MOST_MEMORY_BYTES`; the row is refused, and the next rows get a new process.
+"""
+
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+from data.formats import Conversation, Message
+from data.json_stream import MOST_ROW_BYTES
+from data.sources import DataError, RowError
+from data.template import Piece, Template, TemplateText
+
+SECONDS_A_ROW = 4.0  # of processor time
+MOST_ENDINGS = 3  # of the process, after which the template is no use
+MOST_MEMORY_BYTES = 4 << 30
+_CHECKOUT = Path(__file__).resolve().parents[1]
+_TOO_MUCH = "the chat template takes more than {} for this row; shorten the row, or correct the template"
+
+Request = tuple[str, Any]
+# What the process answers with: a value, or the reason and the detail of the error that a row is refused with.
+Answer = tuple[Any, None] | tuple[None, tuple[str, str]]
+
+
+class TemplateProcess:
+    """The process that renders one template; started when there is something to render, ended with this object."""
+
+    def __init__(self, text: TemplateText) -> None:
+        """Compile the template.
+
+        Raises:
+            DataError: it is no template.
+        """
+        self._text = text
+        self._endings = 0
+        self._start()
+
+    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, *, prompt: bool) -> str:
+        """The text of `messages`, with the start of an assistant turn after it if `prompt`.
+
+        Raises:
+            RowError: the template refuses these messages.
+        """
+        [text] = self._ask([("render", (messages, tools, prompt))])
+        if isinstance(text, RowError):
+            raise text
+        return cast(str, text)
+
+    def pieces(self, conversations: Sequence[Conversation]) -> list[list[Piece] | RowError]:
+        """The pieces of each conversation, or why it is refused.
+
+        Raises:
+            DataError: the template takes too much for the third row.
+        """
+        return self._ask([("pieces", conversation) for conversation in conversations])
+
+    def _start(self) -> None:
+        code = f"import sys; sys.path.insert(0, {str(_CHECKOUT)!r}); from data.template_process import serve; serve()"
+        command = [sys.executable, "-P", "-c", code]  # -P: a folder `data` in the current folder is not imported
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._end = weakref.finalize(self, _end, self._process)
+        try:
+            self._send((self._text, SECONDS_A_ROW))
+            value, refused = self._receive()
+        except (OSError, EOFError):
+            raise DataError(f"{self._text.place}: {self._why_it_ended('to be compiled')}") from None
+        if refused is not None:
+            raise DataError(refused[1])
+        assert value is None
+
+    def _ask(self, requests: Sequence[Request]) -> list[Any]:
+        """The answer to each request; all are sent before the first answer is read, so nobody waits for the other."""
+        answers: list[Any] = []
+        while len(answers) < len(requests):
+            try:
+                self._send(requests[len(answers) :])
+                while len(answers) < len(requests):
+                    value, refused = self._receive()
+                    answers.append(value if refused is None else RowError(*refused))
+            except (OSError, EOFError):
+                why = self._why_it_ended("for this row")
+                self._end()
+                self._endings += 1
+                if self._endings == MOST_ENDINGS:
+                    raise DataError(f"{self._text.place}: {why}, as for {MOST_ENDINGS - 1} others") from None
+                answers.append(RowError("chat template", why))
+                self._start()
+        return answers
+
+    def _send(self, value: Any) -> None:
+        stream = cast(IO[bytes], self._process.stdin)
+        pickle.dump(value, stream)
+        stream.flush()
+
+    def _receive(self) -> Answer:
+        return cast(Answer, pickle.load(cast(IO[bytes], self._process.stdout)))
+
+    def _why_it_ended(self, what_for: str) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGPROF:
+            return f"the chat template takes more than {SECONDS_A_ROW:g} s of processor time {what_for}"
+        gib = MOST_MEMORY_BYTES >> 30
+        return f"the chat template ended its process {what_for} (code {code}; it may take {gib} GiB of memory)"
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        try:
+            cast(IO[bytes], stream).close()
+        except OSError:  # what was not sent any more
+            continue
+    process.wait()
+
+
+def serve() -> None:
+    """Answer what the other process asks, until it ends."""
+    for unwanted in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(unwanted, signal.SIG_IGN)  # meant for the training process; this one ends with it
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    text, seconds = pickle.load(source)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        template = Template(text)
+    except DataError as error:
+        _answer(sink, (None, ("chat template", str(error))))
+        return
+    _answer(sink, (None, None))
+    while True:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        try:
+            requests = pickle.load(source)
+        except EOFError:
+            return
+        for request in requests:
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            _answer(sink, _answer_to(template, request))
+
+
+def _answer_to(template: Template, request: Request) -> Answer:
+    kind, asked = request
+    try:
+        if kind == "render":
+            messages, tools, prompt = asked
+            text = template.render(messages, tools, prompt=prompt)
+            return _bounded(text, len(text))
+        pieces = template.pieces(asked)
+        return _bounded(pieces, sum(len(piece.text) for piece in pieces))
+    except RowError as error:
+        return None, (error.reason, error.detail)
+    except MemoryError:
+        return None, ("chat template", _TOO_MUCH.format(f"{MOST_MEMORY_BYTES >> 30} GiB of memory"))
+
+
+def _bounded(value: Any, length: int) -> Answer:
+    if length > MOST_ROW_BYTES:
+        most = f"{MOST_ROW_BYTES >> 20} Mi characters"
+        return None, ("chat template", f"the chat template makes more than {most} of this row; split the row")
+    return value, None
+
+
+def _answer(sink: IO[bytes], answer: Answer) -> None:
+    pickle.dump(answer, sink)
+    sink.flush()
