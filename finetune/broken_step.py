@@ -14,11 +14,10 @@ from shutil import rmtree
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.packing import Batch
-from finetune.checkpoint.folder import whole_folder, write_json
+from finetune.checkpoint.folder import save_tensors, whole_folder, write_json
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.parallel.world import World
 
@@ -88,7 +87,7 @@ def keep_batch(
     if folder.exists():
         rmtree(folder)
     with whole_folder(folder) as partial:
-        save_file(
+        save_tensors(
             {**tensors, "packs": packs.contiguous(), "loss_sums": losses.contiguous()}, partial / "batches.safetensors"
         )
         write_json(partial / "step.json", dict(facts))

@@ -28,7 +28,7 @@ from finetune.saving import Saved, Saving, resume
 from finetune.step import optimize, seed_step, step_seed
 from finetune.watch import Watch
 from monitoring.health import Finding, Health
-from monitoring.run_id import keep_run_id, run_id
+from monitoring.run_id import keep_run_id, known_run_id
 
 SECONDS_FOR_THE_ONE_BEFORE = 2  # for which a step waits, once, so that its own checkpoint need not be put off
 
@@ -245,7 +245,7 @@ class Run:
             "left_out": asdict(self.left_out),
             "health": self.health.state(),
             "report": self.reports.state(),
-            "wandb": run_id(self.folder) if self.world.is_main and self.recipe.monitor.wandb != "off" else None,
+            "wandb": known_run_id(self.folder) if self.world.is_main and self.recipe.monitor.wandb != "off" else None,
         }
         keep_best = self.recipe.checkpoint.keep_best and self.best
         spare = [int(self.best["step"])] if keep_best and self.best else []

@@ -131,10 +131,14 @@ def not_finite(record: Record, history: History) -> Iterator[Finding]:
     for key in ("loss", "grad_norm", "balance_loss", "z_loss"):
         value = record.get(key)
         if value is not None and not math.isfinite(value):
-            message = (
-                f"{key} is {value} at step {record['step']}: the weights are lost or about to be; resume from the "
-                f"last checkpoint with a lower optim.lr"
-            )
+            message = f"{key} is {value} at step {record['step']}: "
+            if record["step"]:
+                message += "the weights are lost or about to be; resume from the last checkpoint with a lower optim.lr"
+            else:
+                message += (
+                    "nothing was trained yet, so the base weights or the held-out rows are the reason, and not the"
+                    " optimizer; try another copy of the base, or other rows in data.eval"
+                )
             yield Finding(record["step"], "stop", "not_finite", None, message)
             return  # the others are not finite for the same reason
 

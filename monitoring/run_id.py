@@ -1,17 +1,42 @@
 """The id under which Weights & Biases knows a run: made once, kept in the run folder and in every checkpoint."""
 
+import logging
+import re
 import secrets
 from pathlib import Path
 
 from monitoring.files import replace_file
+from monitoring.json_file import FileError, MissingFileError, read_bytes
+
+log = logging.getLogger(__name__)
+
+_ID = re.compile(rb"[A-Za-z0-9_-]{1,128}")
 
 
 def run_id(run: Path) -> str:
-    """The W&B id of the run folder, from `wandb/run-id`; a new one if there is none yet."""
+    """The W&B id of the run folder, from `wandb/run-id`; a new one if there is none yet, or none that can be read."""
+    known = known_run_id(run)
+    if known is not None:
+        return known
+    made = secrets.token_hex(4)
+    keep_run_id(run, made)
+    return made
+
+
+def known_run_id(run: Path) -> str | None:
+    """The W&B id of the run folder; None if there is none that can be read."""
     path = run / "wandb" / "run-id"
-    if not path.exists():
-        replace_file(path, secrets.token_hex(4).encode())
-    return path.read_text(encoding="ascii").strip()
+    try:
+        found = read_bytes(path).strip()
+    except MissingFileError:
+        return None
+    except FileError as error:
+        log.warning("%s; W&B shows what follows as a run of its own", error)
+        return None
+    if not _ID.fullmatch(found):
+        log.warning("%s: holds no id of a W&B run; W&B shows what follows as a run of its own", path)
+        return None
+    return found.decode()
 
 
 def keep_run_id(run: Path, known: str) -> None:

@@ -214,3 +214,11 @@ def test_a_finding_is_a_line_of_the_file():
     record = finding.record()
     assert list(record) == ["kind", "step", "level", "rule", "layer", "message"]
     assert (record["kind"], record["step"], record["level"], record["layer"]) == ("finding", 7, "stop", None)
+
+
+def test_a_loss_that_is_not_finite_before_the_first_step_is_not_blamed_on_the_optimizer() -> None:
+    (before,) = Health().check({"kind": "eval", "step": 0, "loss": math.nan})
+    (later,) = Health().check({"kind": "eval", "step": 5, "loss": math.nan})
+    assert "nothing was trained yet, so the base weights or the held-out rows are the reason" in before.message
+    assert "optim.lr" not in before.message
+    assert "resume from the last checkpoint with a lower optim.lr" in later.message

@@ -395,7 +395,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_or_gone_does_not_begin_anew(tmp
     check_nothing_lost(root)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "checkpoint", "step": 20}\n')
-    with pytest.raises(CheckpointError, match=r"checkpoints: the checkpoint of step 20 is gone; put one back, or,"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoints: the checkpoint of step 20 is gone; put one back from a copy, or"
+    ):
         check_nothing_lost(root)
 
 
@@ -449,6 +451,12 @@ def test_the_step_goes_on_while_the_disk_is_slow(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"step-30: rank 0 could not write it .*I/O error.*before it are whole"):
         writer.finish()
     writer.close()
+    first = Writer(tmp_path / "new", rank=0, ranks=1, token="test", keep=1)
+    first.begin(30, part_of(0, 1, 30), {})
+    first.wait()
+    with pytest.raises(CheckpointError, match=r"I/O error.*; there is no checkpoint before it$"):
+        first.finish()
+    first.close()
 
 
 def test_the_best_stays_and_can_be_chosen(tmp_path):

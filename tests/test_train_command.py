@@ -7,6 +7,7 @@ transformers' model on the same documents, one at a time.
 import json
 import os
 import signal
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,6 +109,17 @@ def test_a_run_leaves_exactly_its_files(trained: Trained) -> None:
     }
     assert not list(folder.parent.rglob("*.tmp"))
     assert finished_step(folder) == STEPS
+
+
+def test_files_and_folders_of_a_run_follow_the_umask_alike(trained: Trained) -> None:
+    open_to = {False: 0o666, True: 0o777}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {
+        path.relative_to(trained.folder).as_posix(): oct(stat.S_IMODE(path.stat().st_mode))
+        for path in trained.folder.rglob("*")
+        if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != open_to[path.is_dir()] & ~umask
+    } == {}
 
 
 def test_the_recipe_in_the_folder_is_the_one_that_ran(trained: Trained, here: Place) -> None:

@@ -297,7 +297,7 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(released, tmp_
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "save_file", full_disk)
+        patch.setattr(shards, "save_tensors", full_disk)
         with pytest.raises(CheckpointError, match=r"out: could not be written \(.*No space left on device\)"):
             save_pretrained(model, tmp_path / "out", base=released, max_shard_bytes=30_000)
     assert list(tmp_path.iterdir()) == []

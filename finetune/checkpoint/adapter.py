@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.checkpoint.copying import check_written, copy_file, hash_on_disk
-from finetune.checkpoint.folder import companions, whole_folder
+from finetune.checkpoint.folder import companions, save_tensors, whole_folder
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.mark import About, name_beside, write_about
 from finetune.checkpoint.shards import Checkpoint, listed, read_header
@@ -82,7 +81,7 @@ def export_adapter(
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.detach().cpu().contiguous()
     with whole_folder(to) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         _write_adapter_config(folder, adapter, trained.adapted_experts, base_name)
         hashes = {name: hash_on_disk(folder / name) for name in (WEIGHTS, CONFIG)}
         _check(folder, tensors, adapter, trained.adapted_experts)

@@ -10,6 +10,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from finetune.checkpoint.layout import CheckpointError
 from monitoring.files import replace_file
@@ -108,6 +110,14 @@ def _delete(partial: Path) -> None:
     if not {path.name for path in partial.iterdir()} - {_MARKER}:
         (partial / _MARKER).unlink(missing_ok=True)
         partial.rmdir()
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, open to whom the umask says, as every other file; the library makes it private."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def sync(path: Path) -> None:

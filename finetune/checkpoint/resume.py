@@ -92,7 +92,7 @@ def check_nothing_lost(root: Path) -> None:
     Raises:
         CheckpointError: checkpoints are there and all are damaged, or the run's own lines tell of one that is gone.
     """
-    anew = "put one back, or, to begin at the first step, delete the run folder or give this run another name"
+    anew = "put one back from a copy, or give this run another name (--set name=...) to begin at the first step"
     if root.is_dir() and (damaged := _folders(root)):
         raise CheckpointError(
             f"{root}: none of its checkpoints is whole ({listed([path.name for path in damaged])}); {anew}"

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.checkpoint.folder import write_json
+from finetune.checkpoint.folder import save_tensors, write_json
 from finetune.checkpoint.header import HeaderError, Stored, parse_header, parse_index
 from finetune.checkpoint.layout import CheckpointError, Shape
 from monitoring.json_file import FileError, MissingFileError, open_regular, parse_json, read_json, reason
@@ -307,7 +306,7 @@ def write_shards(
         for name, tensor in tensors.items():
             entry = entries[name]
             assert (tensor.dtype, tuple(tensor.shape)) == entry, f"{name}: {tensor.dtype} {tensor.shape}, not {entry}"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
         numbers = sum(entry.numbers for entry in entries.values())

@@ -147,7 +147,7 @@ class Writer:
         except (OSError, SafetensorError) as error:
             self._drop(partial)
             raise CheckpointError(
-                f"{final}: rank {self._rank} could not write it ({error}); the checkpoints before it are whole"
+                f"{final}: rank {self._rank} could not write it ({error}); {_before(self._root, step)}"
             ) from error
         return Written(step, final, time.perf_counter() - began, not_deleted)
 
@@ -171,6 +171,13 @@ class Writer:
             if self._abandoned.is_set():
                 raise CheckpointError(f"{partial}: not finished, the part of rank {min(awaited)} did not arrive")
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _before(root: Path, step: int) -> str:
+    """What a run can still go on from, when the checkpoint of this step came to nothing."""
+    whole = [path for path in root.glob("step-*") if STEP.fullmatch(path.name) and (path / MANIFEST).exists()]
+    older = [path for path in whole if step_of(path) < step]
+    return "the checkpoints before it are whole" if older else "there is no checkpoint before it"
 
 
 def _write_part(partial: Path, rank: int, tensors: dict[str, Tensor], progress: Callable[[], None]) -> None:
