@@ -20,6 +20,7 @@ from data.tokenizer import Tokenizer
 PORTION = 1 << 19  # characters that are tokenised at once, to the next line end
 LONGEST_LINE = 2 << 20
 _LINE_START = re.compile(r"\n(?=[^\s\x00-\x20\x7f-\xa0\u180e\u200b-\u200f\u2060-\u206f\ufeff])")
+_WRITTEN_TOKEN = re.compile(r"<\|[A-Za-z0-9_.:-]{1,60}\|>")  # how the templates of all families write control tokens
 
 
 class Document(NamedTuple):
@@ -42,6 +43,13 @@ class ChatTemplate:
         if "add_generation_prompt" not in source:
             raise DataError(
                 f"{tokenizer.place}: the chat template knows no add_generation_prompt, so turns have no start"
+            )
+        unknown = sorted(set(_WRITTEN_TOKEN.findall(source)) - tokenizer.control_ids.keys())
+        if unknown:
+            raise DataError(
+                f"{tokenizer.place}: the chat template writes {', '.join(unknown[:5])}, which is no token of the"
+                " tokenizer, so the model would learn it letter by letter; use the chat template of this checkpoint, or"
+                " add the token to the tokenizer and a row for it to the model"
             )
         controls = tuple(tokenizer.control_ids)
         self._process = TemplateProcess(TemplateText(source, tokenizer.template_variables, controls, tokenizer.place))

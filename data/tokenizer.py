@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from data.sources import DataError
+from data.token_ids import check_rows, read_part, token_ids
+from monitoring.json_file import FileError, kind_of, read_bytes
 
 END_OF_TURN = "<|im_end|>"
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -37,6 +40,12 @@ OTHER_CONTROL_TOKENS = (
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Every file that AutoTokenizer may open.
+JSON_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("chat_template.json", "config.json"),
+)
+TEXT_FILES = ("merges.txt", "chat_template.jinja")
 VOCABULARY = 4096
 MAX_TOKENS = 4096  # max_position_embeddings of recipes/base/config.json
 CHAT_TEMPLATE = """\
@@ -113,34 +122,46 @@ class Tokenizer:
         return self._decoder.decode(list(ids), skip_special_tokens=False)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, rows: int | None = None) -> Tokenizer:
     """The tokenizer of the checkpoint in `folder`, as transformers reads it.
 
+    Args:
+        rows: of the model's embedding; every token must have one.
+
     Raises:
-        DataError: no folder, no tokenizer in it, or one without the tokens that training needs.
+        DataError: no folder, no tokenizer in it, one without the tokens that training needs, or with tokens beyond the
+            embedding.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; point model.path at a folder that holds a checkpoint")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    if not any(os.path.lexists(folder / name) for name in ("tokenizer.json", "vocab.json")):
         raise DataError(f"{folder}: no tokenizer.json; copy the tokenizer files of the checkpoint into this folder")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        _refuse_broken_json(folder / name)
+    _check_files(folder)
     try:
-        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: transformers cannot read this tokenizer ({_one_line(error)})") from error
+        # Without `trust_remote_code` it asks on the terminal whether to run code that the folder names, and waits.
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing more special, and transformers believes every type in a file
+        raise DataError(
+            f"{folder}: transformers cannot read this tokenizer ({type(error).__name__}: {_one_line(error)}); copy the"
+            " tokenizer files of the checkpoint again"
+        ) from error
     if not theirs.is_fast:
         raise DataError(f"{folder}: no tokenizer.json; only tokenizers that have one are supported")
     if theirs.eos_token is None:
         raise DataError(
             f"{folder / 'tokenizer_config.json'}: eos_token is missing; Qwen3-Next checkpoints set {END_OF_TURN!r}"
         )
+    if rows is not None:
+        check_rows(token_ids(folder) | theirs.get_vocab(), rows, folder)
     template = theirs.chat_template
+    template = template.get("default") if isinstance(template, dict) else template
+    if template is not None and not isinstance(template, str):
+        raise DataError(f"{folder}: its chat_template is {kind_of(template)}, not a text; copy the checkpoint's own")
     return Tokenizer(
         theirs.backend_tokenizer,
         end_of_turn=theirs.eos_token,
         padding=theirs.pad_token or END_OF_DOCUMENT,
-        chat_template=template.get("default") if isinstance(template, dict) else template,
+        chat_template=template,
         template_variables={name: value for name, value in theirs.special_tokens_map.items() if isinstance(value, str)},
         place=str(folder),
     )
@@ -195,16 +216,29 @@ def save_tokenizer(backend: Backend, folder: Path) -> None:
     _write(folder / "chat_template.jinja", CHAT_TEMPLATE)
 
 
-def _refuse_broken_json(path: Path) -> None:
-    try:
-        if path.is_file():
-            json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}:{error.colno}: not JSON ({error.msg}); copy the file again") from None
+def _check_files(folder: Path) -> None:
+    """Make sure that transformers opens nothing but regular files of a tokenizer, and no JSON that it fails on.
+
+    Raises:
+        DataError: names the file.
+    """
+    for name in JSON_FILES:
+        read_part(folder / name)
+    texts = [folder / name for name in TEXT_FILES]
+    with suppress(OSError):  # no such folder
+        texts += sorted((folder / "additional_chat_templates").iterdir())
+    for path in texts:
+        try:
+            if os.path.lexists(path):
+                read_bytes(path).decode("utf-8")
+        except (FileError, UnicodeDecodeError) as error:
+            told = str(error) if isinstance(error, FileError) else f"{path}: not UTF-8 (byte {error.start})"
+            raise DataError(f"{told}; copy the tokenizer files of the checkpoint again") from None
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    line = " ".join(str(error).split())
+    return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def _write(path: Path, text: str) -> None:

@@ -66,9 +66,9 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say, progress: Cal
     config = ModelConfig.from_folder(folder)
     with world.together(DataError):  # one rank builds, so that bad data is told after one reading, not after one a rank
         if world.is_main:
-            datasets(recipe, load_tokenizer(folder))
+            datasets(recipe, load_tokenizer(folder, config.vocab_size))
     with world.together(DataError):  # the others open what it built, or build where they share no disk with it
-        train, held_out = datasets(recipe, load_tokenizer(folder))
+        train, held_out = datasets(recipe, load_tokenizer(folder, config.vocab_size))
         _check_amount(train, recipe)
     say(f"training data: {describe(train)}")
     if held_out is not None:

@@ -35,7 +35,7 @@ def planned_steps(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The same for a plan: tokenises the data, which a run then finds done, where the tokenizer is on this machine."""
     if not recipe.train.epochs:
         return recipe, []
-    folder = _tokenizer_folder(recipe)
+    folder = tokenizer_folder(recipe)
     if folder is None:
         return recipe, [
             f"train.epochs {recipe.train.epochs:g}: the number of steps is known when the data is tokenised, and the"
@@ -48,7 +48,7 @@ def planned_steps(recipe: Recipe) -> tuple[Recipe, list[str]]:
     return with_steps(recipe, len(train))
 
 
-def _tokenizer_folder(recipe: Recipe) -> Path | None:
+def tokenizer_folder(recipe: Recipe) -> Path | None:
     """The folder on this machine that holds the model's tokenizer, or None; nothing is fetched."""
     path = recipe.model.path
     here = resolve(path)

@@ -9,11 +9,13 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from data.token_ids import check_rows, token_ids
 from finetune.agreement import check_agreement
 from finetune.assembly import Say
 from finetune.balance import RouterLossError
 from finetune.checkpoint.resume import newest_name
-from finetune.checkpoint.weights import resolve_model
+from finetune.checkpoint.shards import open_checkpoint
+from finetune.checkpoint.weights import match, resolve_model
 from finetune.failure import LostRankError, is_told, readable, record_crash, told_by_every_host
 from finetune.launcher import Launcher
 from finetune.model.config import ModelConfig
@@ -57,6 +59,9 @@ def train_here(recipe: Recipe, launcher: Launcher | None) -> int:
             say(lost)
         base = resolve_model(recipe.model.path)
         config = ModelConfig.from_folder(base)
+        check_rows(token_ids(base), config.vocab_size, base)
+        if recipe.model.init == "pretrained":
+            match(open_checkpoint(base), config)
         recipe = fit_to_ranks(recipe, size, say)
         recipe.accumulation(size)
         recipe.check_ranks(size, config.num_experts)

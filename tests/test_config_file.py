@@ -213,7 +213,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; expected true or false"),
     (
         {"quantization_config": {"quant_method": "fp8"}},
-        "quantization_config says that the weights are quantised (fp8);",
+        "quantization_config says that the weights are quantised (fp8), and",
     ),
     ({"quantization_config": 4}, "quantization_config says that the weights are quantised (4)"),
     ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn'; only 'float32', 'bfloat16', 'float16' or"),

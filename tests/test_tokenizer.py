@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +12,18 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from data.chat import ChatTemplate
 from data.sources import DataError
-from data.tokenizer import OTHER_CONTROL_TOKENS, SPECIAL_TOKENS, SPLIT_PATTERN, load_tokenizer, main
+from data.token_ids import check_rows, token_ids
+from data.tokenizer import (
+    JSON_FILES,
+    OTHER_CONTROL_TOKENS,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    TEXT_FILES,
+    load_tokenizer,
+    main,
+)
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "recipes" / "base"
@@ -131,3 +143,139 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_an_unknown_control_token_is_named(ours):
     with pytest.raises(DataError, match=r"base: no control token '<\|stop\|>'"):
         ours.control_id("<|stop|>")
+
+
+def edited(folder: Path, **changes: object) -> Path:
+    """A copy of the embedded tokenizer; `FILE__json=value` replaces a file, with a function it changes its object."""
+    shutil.copytree(BASE, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, change in changes.items():
+        path = folder / name.replace("__", ".")
+        value = json.loads(path.read_text()) if path.exists() else {}
+        if callable(change):
+            change(value)
+        path.write_text(json.dumps(value if callable(change) else change))
+    return folder
+
+
+def added(content: str, number: int) -> dict[str, object]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": content, "special": True, **flags}
+
+
+STOP = {"eos_token": "<|stop|>"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({"tokenizer__json": lambda v: v["added_tokens"].append(added("<|a|>", 4096))}, "1 token(s): '<|a|>' (4,096)"),
+        ({"tokenizer__json": lambda v: v["added_tokens"].append(added("<|a|>", 5000))}, "1 token(s): '<|a|>' (5,000)"),
+        ({"tokenizer_config__json": lambda v: v.update(STOP)}, "1 token(s): '<|stop|>' (4,096)"),
+        (
+            {"tokenizer_config__json": lambda v: v.update(additional_special_tokens=["<|a|>", "<|b|>"])},
+            "2 token(s): '<|a|>' (4,096), '<|b|>' (4,097)",
+        ),
+        (
+            {"tokenizer_config__json": lambda v: v["added_tokens_decoder"].update({"9000": added("<|a|>", 0)})},
+            "1 token(s): '<|a|>' (4,096)",
+        ),
+        (
+            {"special_tokens_map__json": STOP, "tokenizer_config__json": lambda v: v.pop("added_tokens_decoder")},
+            "1 token(s): '<|stop|>' (4,096)",
+        ),
+        (
+            {"added_tokens__json": {"<|q|>": 4096}, "tokenizer_config__json": lambda v: v.pop("added_tokens_decoder")},
+            "1 token(s): '<|q|>' (4,096)",
+        ),
+        (
+            {"tokenizer_config__json": lambda v: v.update(extra_special_tokens=[f"<|{i}|>" for i in range(9)])},
+            "9 token(s): '<|0|>' (4,096), '<|1|>' (4,097), '<|2|>' (4,098), '<|3|>' (4,099), '<|4|>' (4,100), 4 more",
+        ),
+    ],
+    ids=["added", "gap", "eos", "extra", "decoder", "map", "older", "many"],
+)  # fmt: skip
+def test_tokens_without_a_row_are_named_from_the_files_alone(tmp_path, changes, tokens):
+    folder = edited(tmp_path / "model", **changes)
+    for check in (lambda: check_rows(token_ids(folder), 4096, folder), lambda: load_tokenizer(folder, 4096)):
+        with pytest.raises(DataError) as caught:
+            check()
+        assert str(caught.value) == (
+            f"{folder}: the embedding has 4,096 rows (vocab_size of config.json), which is too few for {tokens}; use"
+            " the tokenizer of this checkpoint, or add rows to the model first (resize_token_embeddings of"
+            " transformers)"
+        )
+    # What the files alone say is what transformers makes of them, but for tokens that it drops.
+    theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
+    assert theirs.items() <= token_ids(folder).items()
+    load_tokenizer(folder, 10_000)
+
+
+def test_a_tokenizer_with_fewer_tokens_than_rows_is_right():
+    """As released: rows beyond the last token are padding."""
+    assert max(token_ids(BASE).values()) == 4095
+    load_tokenizer(BASE, 4096)
+    check_rows(token_ids(BASE), 151_936, BASE)
+    with pytest.raises(DataError, match=r"too few for 1 token\(s\): '</think>' \(4,095\); use"):
+        check_rows(token_ids(BASE), 4095, BASE)
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("tokenizer.json", b'{"a":' * 100_000, "nested more than 100 deep"),
+        ("tokenizer.json", b"[1]", "holds a list where an object is expected"),
+        ("tokenizer.json", b'{"a": "\xff"}', "tokenizer.json:1: not UTF-8"),
+        ("tokenizer.json", b"{}", "transformers cannot read this tokenizer ("),
+        ("tokenizer.json", b'{"version": "1.0", "model": 5}', "transformers cannot read this tokenizer ("),
+        ("tokenizer_config.json", b'{"model_max_length": ' + b"9" * 5000 + b"}", "holds a number of 5,000 digits"),
+        ("tokenizer_config.json", b'{"eos_token": 5}', "transformers cannot read this tokenizer (TypeError: "),
+        ("tokenizer_config.json", b'{"tokenizer_class": 7}', "transformers cannot read this tokenizer ("),
+        (
+            "tokenizer_config.json",
+            b'{"eos_token": "<|im_end|>", "chat_template": 5}',
+            "its chat_template is a number, not",
+        ),
+        ("special_tokens_map.json", b"[", "not JSON"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: not UTF-8 (byte 0)"),
+        ("config.json", b"[]", "holds a list where an object is expected"),
+    ],
+)
+def test_tokenizer_files_of_odd_types_are_one_sentence(tmp_path, name, contents, message):
+    folder = edited(tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()  # else it is the one that counts
+    (folder / name).write_bytes(contents)
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(folder)
+    assert str(caught.value).startswith(str(folder))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*JSON_FILES, *TEXT_FILES, "additional_chat_templates/tools.jinja"])
+def test_a_fifo_among_the_tokenizer_files_is_named_at_once(tmp_path, name):
+    path = edited(tmp_path / "model") / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(DataError, match=f"{re.escape(name)}: is a FIFO, not a regular file"):
+        load_tokenizer(tmp_path / "model")
+
+
+def test_code_that_a_tokenizer_names_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    folder = edited(tmp_path / "model", tokenizer_config__json=lambda v: v.update(own))
+    (folder / "own.py").write_text("raise SystemExit('was run')\n")
+    load_tokenizer(folder)  # transformers has a class of its own for this model
+    (folder / "config.json").unlink()
+    with pytest.raises(DataError, match=r"transformers cannot read this tokenizer \(ValueError"):
+        load_tokenizer(folder)
+
+
+def test_a_chat_template_with_tokens_of_another_family_is_named(tmp_path):
+    folder = edited(tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("<|im_end|>", "<|eot_id|>"))
+    with pytest.raises(DataError, match=r"model: the chat template writes <\|eot_id\|>, which is no token of the tok"):
+        ChatTemplate(load_tokenizer(folder))
+    ChatTemplate(load_tokenizer(BASE))

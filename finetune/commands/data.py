@@ -6,12 +6,14 @@ from data.show import describe, show_pack
 from data.tokenizer import load_tokenizer
 from finetune.assembly import datasets
 from finetune.checkpoint.weights import resolve_model
+from finetune.model.config import ModelConfig
 from finetune.recipe import Recipe
 
 
 def show_data(recipe: Recipe, packs: int) -> int:
     """Print the first sequences of the training data."""
-    tokenizer = load_tokenizer(resolve_model(recipe.model.path))
+    folder = resolve_model(recipe.model.path)
+    tokenizer = load_tokenizer(folder, ModelConfig.from_folder(folder).vocab_size)
     train, _ = datasets(recipe, tokenizer)
     console = Console(highlight=False)
     console.print(describe(train))

@@ -6,7 +6,8 @@ import sys
 
 import psutil
 
-from finetune.epochs import planned_steps
+from data.token_ids import check_rows, token_ids
+from finetune.epochs import planned_steps, tokenizer_folder
 from finetune.exchange_plan import Links
 from finetune.gpus import gpus
 from finetune.plan_text import render
@@ -28,8 +29,12 @@ def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_g
 
     Raises:
         RecipeError: more machines than ranks, or a recipe that does not divide over the ranks.
+        DataError: the tokenizer has tokens for which the model has no row.
     """
     config, source = model_config(recipe)
+    folder = tokenizer_folder(recipe)
+    if folder is not None:
+        check_rows(token_ids(folder), config.vocab_size, folder)
     recipe, steps = planned_steps(recipe)
     machine = _machine(recipe, ranks, nodes, device_gib, links)
     planned = plan(config, fit_to_ranks(recipe, machine.ranks, print), machine)

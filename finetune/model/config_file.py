@@ -45,8 +45,8 @@ def _not_quantised(value: Any) -> Any:
         method = value.get("quant_method", "unknown") if isinstance(value, dict) else value
         raise PydanticCustomError(
             "quantised",
-            "says that the weights are quantised ({method}); only float32, bfloat16 and float16 weights are trained,"
-            " so use the checkpoint that was not quantised",
+            "says that the weights are quantised ({method}), and scales are not read; use the checkpoint in bfloat16,"
+            " float16 or float32",
             {"method": str(method)[:_MOST_SHOWN]},
         )
     return value
