@@ -154,6 +154,6 @@ def test_a_stack_that_cannot_be_kept_stops_no_run(make: object, tmp_path: Path) 
     """`crash` is a file, or the stack's name is taken by a folder."""
     make(tmp_path / "crash/rank0.stack")  # type: ignore[operator]
     watch = Watch(tmp_path, 0, 60)
-    watch.begin(launched=False)
+    watch.begin()
     watch.beat()
     watch.end()
