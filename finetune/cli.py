@@ -32,6 +32,7 @@ from finetune.run_folder import (
     run_of_step,
     stopped_step,
 )
+from finetune.run_place import hold
 from finetune.wording import shown
 
 MOST_RANKS = 2**16
@@ -138,6 +139,20 @@ def finished(options: argparse.Namespace) -> int:
         print(f"{folder}: {done} of {end}", file=sys.stderr)
         return 1
     print(folder)
+    return 0
+
+
+def rewind(options: argparse.Namespace) -> int:
+    """Go back to an earlier checkpoint of a run; what came later is set aside, nothing is deleted."""
+    recipe_of(options.run)
+    from finetune.starting_point import rewind as go_back
+
+    held = hold(options.run)
+    try:
+        go_back(options.run, options.to, print)
+    finally:
+        held.release()
+    print(f"{options.run}: the next start goes on from {options.to}")
     return 0
 
 
@@ -250,6 +265,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder to write; must not exist")
             sub.add_argument("--format", choices=("merged", "adapter"), required=True)
             sub.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest, best or step-N")
+    sub = _add(commands, rewind)
+    sub.add_argument("run", type=_path, metavar="RUN", help="run folder, such as runs/tiny")
+    sub.add_argument("--to", required=True, metavar="WHICH", help="step-N or best")
     sub = _add(commands, replay)
     sub.add_argument("step", type=_path, metavar="STEP", help="folder that keeps it, such as runs/tiny/crash/step-40")
     sub.add_argument("--model", type=_path, metavar="DIR", help="weights, such as a merged export; the base without it")

@@ -275,8 +275,12 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
         " push_to_hub_model_id hub_private",
     ),
     (
-        "a run goes on from the newest whole checkpoint in its folder here, by the same command",
+        "this is checkpoint.resume_from here; without it a run goes on from the newest checkpoint in its folder",
         "resume_from_checkpoint resume_from_ckpt load_checkpoint ckpt_path resume_checkpoint",
+    ),
+    (
+        "this is train.early_stopping_patience and train.early_stopping_threshold here",
+        "early_stopping early_stopping_steps early_stop early_stopping_callback early_stop_interval patience min_delta",
     ),
     (
         "a run folder is never overwritten here: the same command goes on with its run; name: starts another",

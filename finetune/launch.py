@@ -25,6 +25,7 @@ from finetune.recipe import Recipe, RecipeError
 from finetune.run_folder import check_folder, folder_of, is_complete, lost_checkpoint
 from finetune.run_place import hold
 from finetune.start_notes import start_notes
+from finetune.starting_point import check_resume_from
 from finetune.trainer import Run, TrainingError
 from finetune.watch import STALL_SECONDS, Watch
 
@@ -52,6 +53,7 @@ def train_here(recipe: Recipe, launcher: Launcher | None) -> int:
     folder = folder_of(recipe)
     with told_by_every_host():
         check_folder(folder, recipe)
+        check_resume_from(folder, recipe)
         if is_complete(folder, recipe):
             say(f"{folder}: this run is complete; `python -m finetune summary {folder}` shows it")
             return 0

@@ -42,8 +42,15 @@ def _only_text(recipe: Recipe) -> bool:
     return all(source.format == "text" for source in (*recipe.data.train, *recipe.data.eval))
 
 
+def _seldom(recipe: Recipe) -> str | None:
+    if not recipe.train.early_stopping_patience or not recipe.data.eval or recipe.train.eval_every_steps:
+        return None
+    return "train.early_stopping_patience: no effect while train.eval_every_steps is 0"
+
+
 NOTES: tuple[Note, ...] = (
     _warmup,
+    _seldom,
     no_effect(
         "optim.final_lr_fraction",
         lambda r: not r.optim.schedule.startswith("constant"),
@@ -72,6 +79,12 @@ NOTES: tuple[Note, ...] = (
     ),
     no_effect("monitor.project", lambda r: r.monitor.wandb != "off", lambda r: "while monitor.wandb is off"),
     no_effect("train.eval_every_steps", lambda r: bool(r.data.eval), lambda r: "without data.eval"),
+    no_effect("train.early_stopping_patience", lambda r: bool(r.data.eval), lambda r: "without data.eval"),
+    no_effect(
+        "train.early_stopping_threshold",
+        lambda r: r.train.early_stopping_patience > 0,
+        lambda r: "while train.early_stopping_patience is 0",
+    ),
     no_effect("checkpoint.keep_best", lambda r: bool(r.data.eval), lambda r: "without data.eval"),
     no_effect("data.over_long", lambda r: not _only_text(r), lambda r: "on text, which is split into sequences"),
 )

@@ -118,6 +118,10 @@ class Train(Section):
     """How often the held-out loss is measured; always before the first step and after the last, 0 is only then."""
     log_every_steps: Steps = 10
     """How often a line of progress is written; the first and the last step always write one."""
+    early_stopping_patience: Annotated[int, Field(ge=0, json_schema_extra={"unit": "evaluations"})] = 0
+    """Evaluations in a row without a lower held-out loss after which the run ends; 0 is never."""
+    early_stopping_threshold: Coefficient = 0.0
+    """By how much a held-out loss must be below the lowest before to count as lower."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What to do about a step whose loss or gradient is not finite: stop, and keep its batch in the run folder; or skip
     it, which changes nothing that trains, and stop when five come in a row."""
@@ -240,6 +244,10 @@ class Checkpoint(Section):
     """How often one is written; always after the last step, 0 is only then."""
     keep: Count = 2
     """How many are kept, the newest."""
+    resume_from: Text | None = None
+    """What the run starts from in place of its newest checkpoint: step-N or best, an earlier one of its own, which it
+    goes back to once; or the folder of another run (or of one of its checkpoints), whose weights, optimizer state and
+    place in the data a new run goes on from."""
     keep_best: bool = False
     """Whether the one with the lowest held-out loss is kept too; an evaluation that finds a lower loss writes one, a
     few steps later where the one before is still being written then."""

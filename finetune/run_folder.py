@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,8 @@ from monitoring.json_file import FileError, read_object
 # step sizes and router losses that a finding may advise to change. The rest would make it another run.
 FREE = (
     *("train.steps", "train.epochs", "train.log_every_steps", "train.eval_every_steps", "train.recompute"),
-    *(
-        "train.micro_batch_tokens",
-        "train.on_nan",
-        "checkpoint.",
-        "monitor.",
-        "parallel.",
-        "kernels.",
-        "data.cache",
-        "output.",
-    ),
+    *("train.micro_batch_tokens", "train.on_nan", "train.early_stopping_"),
+    *("checkpoint.", "monitor.", "parallel.", "kernels.", "data.cache", "output."),
     *("optim.lr", "optim.clip_norm", "router.balance.", "router.z_coefficient"),
 )
 
@@ -127,13 +120,39 @@ def _has_its_files(checkpoint: Path) -> bool:
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:
     """Whether the run in this folder ended well, as late as this recipe says, and its last checkpoint is there."""
-    step = finished_step(folder)
-    if step is None or lost_checkpoint(folder):
+    step, asked = finished_step(folder), recipe.checkpoint.resume_from
+    goes_back = asked is not None and is_own_checkpoint(asked) and asked != done_resume_from(folder)
+    if step is None or goes_back or lost_checkpoint(folder):
         return False
-    if recipe.train.epochs:
-        epochs = json.loads((folder / "finished.json").read_text(encoding="utf-8")).get("epochs", 0)
-        return bool(epochs >= recipe.train.epochs)
-    return step >= recipe.train.steps
+    facts = read_object(folder / "finished.json")
+    if facts.get("stopped_early") is not None:
+        return bool(facts["stopped_early"] == early_stopping_of(recipe))
+    return facts.get("epochs", 0) >= recipe.train.epochs if recipe.train.epochs else step >= recipe.train.steps
+
+
+def early_stopping_of(recipe: Recipe) -> dict[str, float]:
+    """The settings that a run which stopped early is complete for."""
+    return {"patience": recipe.train.early_stopping_patience, "threshold": recipe.train.early_stopping_threshold}
+
+
+def is_own_checkpoint(asked: str) -> bool:
+    """Whether this value of `checkpoint.resume_from` names a checkpoint of the run itself."""
+    return re.fullmatch(r"step-\d+|best", asked) is not None
+
+
+def done_resume_from(folder: Path) -> str | None:
+    """The `checkpoint.resume_from` that this run has already gone back to, or None."""
+    marker = folder / "resumed-from.json"
+    return str(read_object(marker).get("resume_from")) if marker.exists() else None
+
+
+def mark_resume_from(folder: Path, asked: str | None) -> None:
+    """Remember that the run went back to this checkpoint of its own, or forget it."""
+    marker = folder / "resumed-from.json"
+    if asked is None:
+        marker.unlink(missing_ok=True)
+    else:
+        replace_file(marker, json.dumps({"resume_from": asked}).encode())
 
 
 def mark_finished(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -17,10 +17,13 @@ from finetune import engine as engines
 from finetune.assembly import Say
 from finetune.checkpoint.fingerprint import is_of
 from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.resume import TensorStore, check_nothing_lost, newest_checkpoint, open_state
+from finetune.checkpoint.resume import TensorStore, check_nothing_lost, open_state
+from finetune.checkpoint.shards import listed
 from finetune.checkpoint.writer import Writer, Written
 from finetune.engine import ExpertEngine
 from finetune.parallel.world import World
+from finetune.recipe import Recipe, RecipeError
+from finetune.starting_point import StartingPoint, starting_point
 from monitoring.files import MonitoringError
 
 SECONDS_BETWEEN_LOOKS = 0.1  # at whether all ranks have written
@@ -120,50 +123,64 @@ class Saving:
 
 
 def resume(
-    root: Path,
+    folder: Path,
+    recipe: Recipe,
     engine: ExpertEngine,
     loader: Loader,
     world: World,
     *,
     base: Path,
-    base_name: str,
     say: Say,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], TensorStore] | None:
-    """Put the newest whole checkpoint into engine and loader; return its state and tensors, or None. Collective.
+    """Put the checkpoint that the run starts from into engine and loader; its state and tensors, or None. Collective.
 
     Args:
+        folder: of the run.
         base: folder of the base weights that the run stands on.
-        base_name: what the recipe calls it.
         progress: called after each piece that is hashed and each tensor that is read.
 
     Raises:
         RankError: the checkpoint is of other base weights or other data, or there were some and none is whole,
             or the disk cannot be read.
     """
-    with world.together(CheckpointError):
-        found = newest_checkpoint(root, progress) if world.is_main else None
-    folder, skipped = cast(tuple[Path | None, list[str]], world.gather(found)[0])
-    for sentence in skipped:
+    root = folder / "checkpoints"
+    with world.together(CheckpointError, RecipeError, MonitoringError):
+        found = starting_point(folder, recipe, progress) if world.is_main else None
+    start = cast(StartingPoint, world.gather(found)[0])
+    for sentence in start.said:
         say(sentence)
-    if folder is None:
+    if start.checkpoint is None:
         with world.together(CheckpointError, MonitoringError):
             if world.is_main:
                 check_nothing_lost(root)
         return None
     with world.together(CheckpointError, DataError):
-        state, tensors = open_state(folder)
+        state, tensors = open_state(start.checkpoint)
         if not is_of(state["base"], base):
             raise CheckpointError(
-                f"{folder}: belongs to other base weights than {base_name} holds now; put them back, or start a new run"
-                " under another name"
+                f"{start.checkpoint}: belongs to other base weights than {recipe.model.path} holds now; put them back,"
+                " or start a new run under another name"
             )
         loader.restore(state["loader"])
+        if start.of_another_run:
+            _check_same_parameters(start.checkpoint, tensors, engine)
+            state |= {"best": None, "wandb": None, "early_stopping": None, "of_another_run": True}
 
     def read(name: str) -> Tensor:
         progress()
         return tensors.read(name)
 
     engines.restore(engine, read, step=state["step"] - state["left_out"]["total"])
-    say(f"continuing after step {state['step']} from {folder}")
+    say(f"continuing after step {state['step']} from {start.checkpoint}")
     return state, tensors
+
+
+def _check_same_parameters(checkpoint: Path, tensors: TensorStore, engine: ExpertEngine) -> None:
+    """Refuse a checkpoint of another run that holds parameters which do not train here; one that lacks some is too."""
+    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    others = sorted({name.split("::")[0] for name in tensors if "::" in name} - trained)
+    if others:
+        raise CheckpointError(
+            f"{checkpoint}: holds {listed(others)}, which do not train here; use the recipe of the run it comes from"
+        )

@@ -16,6 +16,7 @@ from finetune.broken_step import MOST_IN_A_ROW, LeftOut, keep_batch, losses_of_p
 from finetune.checkpoint.fingerprint import fingerprint
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_name
+from finetune.early_stopping import EarlyStopping
 from finetune.epochs import with_steps
 from finetune.evaluation import held_out, to_device
 from finetune.journal import Journal
@@ -23,7 +24,7 @@ from finetune.optim import learning_rate
 from finetune.parallel.world import RankError, World, set_timeouts
 from finetune.recipe import Recipe, RecipeError
 from finetune.reports import Reports, is_due
-from finetune.run_folder import claim, mark_finished, mark_stopped
+from finetune.run_folder import claim, early_stopping_of, mark_finished, mark_stopped
 from finetune.saving import Saved, Saving, resume
 from finetune.step import optimize, seed_step, step_seed
 from finetune.watch import Watch
@@ -55,6 +56,8 @@ class Run:
         self.reports = Reports(self.recipe, world, self.model, parts.probe)
         self.health = Health()
         self.best: dict[str, float] | None = None  # step and loss of the lowest held-out loss so far
+        self.early_stopping = EarlyStopping()
+        self.from_another_run = False  # its first held-out loss is measured here
         self.left_out = LeftOut()
         self.put_off = False  # a save that was due while the one before was still being written
         self.best_unsaved = False  # the lowest held-out loss has no checkpoint yet
@@ -74,9 +77,10 @@ class Run:
         recipe, world = self.recipe, self.world
         self.journal.write({"kind": "start", "step": self.step, "ranks": world.size, "expert": world.expert_size})
         self.reports.clock.start()
-        if self.step == 0:
+        if self.step == 0 or self.from_another_run:
             self._evaluate()
-        while self.step < recipe.train.steps:
+        early = self.early_stopping.reason(recipe.train)
+        while self.step < recipe.train.steps and early is None:
             self.step += 1
             self.watch.beat()
             lr = learning_rate(self.step, steps=recipe.train.steps, optim=recipe.optim)
@@ -94,10 +98,10 @@ class Run:
                 self._stop_if_told()
             evaluate = is_due(self.step, recipe.train.eval_every_steps, recipe.train.steps)
             is_best = evaluate and self._evaluate() and recipe.checkpoint.keep_best
-            stopping = self._asked_to_stop()
+            early, stopping = self.early_stopping.reason(recipe.train), self._asked_to_stop()
             with self.reports.clock.stopped():
-                self._save_when_free(now=stopping is not None, is_best=is_best)
-            if stopping and self.step < recipe.train.steps:
+                self._save_when_free(now=(stopping or early) is not None, is_best=is_best)
+            if stopping and not early and self.step < recipe.train.steps:
                 self._record_saved(self.saving.settle())
                 self.journal.write(
                     {"kind": "action", "step": self.step, "message": f"{stopping}: saved and stopped, resumable"}
@@ -107,9 +111,13 @@ class Run:
                 self.world.barrier()
                 return
         self._record_saved(self.saving.settle())
+        facts: dict[str, Any] = {"step": self.step, "epochs": recipe.train.epochs}
+        if early is not None and self.step < recipe.train.steps:
+            self.journal.write({"kind": "action", "step": self.step, "message": early})
+            facts |= {"reason": early, "stopped_early": early_stopping_of(recipe)}
         self.journal.write({"kind": "end", "step": self.step})
         if self.world.is_main:
-            mark_finished(self.folder, {"step": self.step, "epochs": recipe.train.epochs})
+            mark_finished(self.folder, facts)
         self.world.barrier()
 
     def _leave_out(self, batches: Sequence[Batch]) -> None:
@@ -191,6 +199,7 @@ class Run:
             {"kind": "eval", "step": self.step, "loss": result.loss, "tokens": result.tokens, "parts": result.parts}
         )
         self._stop_if_told()
+        self.early_stopping.see(result.loss, self.recipe.train)
         is_best = result.loss < (self.best["loss"] if self.best else math.inf)
         if is_best:
             self.best = {"step": self.step, "loss": result.loss}
@@ -243,6 +252,7 @@ class Run:
             "loader": self.loader.state(),
             "best": self.best,
             "left_out": asdict(self.left_out),
+            "early_stopping": asdict(self.early_stopping),
             "health": self.health.state(),
             "report": self.reports.state(),
             "wandb": known_run_id(self.folder) if self.world.is_main and self.recipe.monitor.wandb != "off" else None,
@@ -270,12 +280,12 @@ class Run:
     def _resume(self, say: Say) -> int:
         """Go on from the newest whole checkpoint of this run, if there is one; return the steps taken. Collective."""
         found = resume(
-            self.folder / "checkpoints",
+            self.folder,
+            self.recipe,
             self.engine,
             self.loader,
             self.world,
             base=self.base_folder,
-            base_name=self.recipe.model.path,
             say=say,
             progress=self.watch.beat,
         )
@@ -286,6 +296,8 @@ class Run:
             self.reports.windows.sums.copy_(tensors.read("windows"))
         self.reports.restore(state.get("report"))
         self.best, self.left_out = state["best"], LeftOut(**state["left_out"])
+        self.early_stopping = EarlyStopping(**(state.get("early_stopping") or {}))
+        self.from_another_run = bool(state.get("of_another_run"))
         self.health.restore(state["health"])
         if self.world.is_main and state["wandb"]:
             keep_run_id(self.folder, state["wandb"])

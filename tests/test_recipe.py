@@ -315,6 +315,11 @@ def test_settings_that_contradict(overrides: tuple[str, ...], expected: str) -> 
         (("monitor.probe_tokens=512",), "monitor.probe_tokens: no effect because drift of the routing is not measured"),
         (("monitor.wandb=off", "monitor.project=x"), "monitor.project: no effect while monitor.wandb is off"),
         (("train.eval_every_steps=5",), "train.eval_every_steps: no effect without data.eval"),
+        (("train.early_stopping_patience=2",), "train.early_stopping_patience: no effect without data.eval"),
+        (
+            ("train.early_stopping_threshold=0.1",),
+            "train.early_stopping_threshold: no effect while train.early_stopping_patience is 0",
+        ),
         (("checkpoint.keep_best=true",), "checkpoint.keep_best: no effect without data.eval"),
         (("parallel.offload_path=/x",), "parallel.offload_path: no effect while parallel.offload is none"),
         (

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from finetune import saving as savings
+from finetune import starting_point as starting_points
 from finetune.checkpoint import resume as resumes
 from finetune.checkpoint import writer as writers
 from finetune.checkpoint.layout import CheckpointError
@@ -21,6 +22,7 @@ from finetune.checkpoint.resume import check_nothing_lost, chosen_checkpoint, ne
 from finetune.checkpoint.writer import Writer
 from finetune.parallel import world as worlds
 from finetune.parallel.world import RankError
+from finetune.recipe import load_recipe
 from tests.ranks import ranks
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -198,10 +200,11 @@ def no_list(root, *_):
 
 
 def told_of_a_root_that_cannot_be_read(rank, root):
-    savings.newest_checkpoint = no_list  # in this process, which is the rank's own
+    starting_points.newest_checkpoint = no_list  # in this process, which is the rank's own
     world = worlds.start(1)
+    tiny = load_recipe(Path("recipes/tiny.yaml"), check_paths=False)
     try:
-        savings.resume(root, None, None, world, base="", base_name="", say=print)
+        savings.resume(root.parent, tiny, None, None, world, base="", say=print)
     except RankError as error:
         return str(error)
 
@@ -212,7 +215,9 @@ def test_all_ranks_are_told_that_the_checkpoints_cannot_be_read(tmp_path, monkey
     with pytest.raises(CheckpointError, match=re.escape(sentence)):
         newest_checkpoint(tmp_path)
     monkeypatch.undo()
-    assert ranks(2, told_of_a_root_that_cannot_be_read, tmp_path) == [sentence] * 2
+    root = tmp_path / "checkpoints"
+    sentence = sentence.replace(str(tmp_path), str(root))
+    assert ranks(2, told_of_a_root_that_cannot_be_read, root) == [sentence] * 2
 
 
 def test_a_slow_rank_does_nothing_in_a_folder_that_rank_0_has_renamed(tmp_path, monkeypatch):

@@ -103,7 +103,13 @@ def check_nothing_lost(root: Path) -> None:
         raise CheckpointError(f"{root}: the checkpoint of step {saved[-1]['step']} is gone; {anew}")
 
 
-def chosen_checkpoint(root: Path, which: str, say: Callable[[str], None], finished: int | None = None) -> Path:
+def chosen_checkpoint(
+    root: Path,
+    which: str,
+    say: Callable[[str], None],
+    finished: int | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Path:
     """The checkpoint that a user names, whole: `newest`, `best` (the lowest held-out loss) or `step-N`.
 
     An older checkpoint is used only when it is named: `newest` and `best` are refused where the run's newest is lost.
@@ -111,12 +117,13 @@ def chosen_checkpoint(root: Path, which: str, say: Callable[[str], None], finish
     Args:
         say: is told what the user should know about the choice.
         finished: the last step of a run that ended.
+        progress: called after each piece that is hashed.
 
     Raises:
         CheckpointError: there is none, or the one that was asked for is not whole.
     """
     if which in ("newest", "best"):
-        newest, passed_over = newest_checkpoint(root)
+        newest, passed_over = newest_checkpoint(root, progress)
         for sentence in passed_over:
             say(sentence)
         if newest is None:
@@ -135,7 +142,7 @@ def chosen_checkpoint(root: Path, which: str, say: Callable[[str], None], finish
     chosen = root / which
     if not STEP.fullmatch(which) or not chosen.is_dir():
         raise CheckpointError(f"{chosen}: no such checkpoint; {_there_are(root)}")
-    fault = _fault(chosen)
+    fault = _fault(chosen, progress)
     if fault is not None:
         raise CheckpointError(f"{chosen}: {fault}")
     return chosen
