@@ -26,10 +26,11 @@ from finetune.kernels.trial import Place
 from finetune.lora import inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.planner import FREE_FRACTION, GIB, Machine, Plan, plan
+from finetune.planner import Plan, plan
 from finetune.recipe import CHECKOUT, load_recipe
 from finetune.recompute import described
 from finetune.working_bytes import RUNTIME_DEVICE_BYTES
+from finetune.workload import FREE_FRACTION, GIB, Machine
 
 RANK, ALPHA = 16, 32.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj")

@@ -37,11 +37,12 @@ import psutil
 from benchmarks.measure import PEAK, machine, write_results
 from benchmarks.random_checkpoint import CHECKOUT, REFERENCE, write_random_checkpoint
 from finetune.model.config import ModelConfig
-from finetune.planner import GIB, Machine, plan
+from finetune.planner import plan
 from finetune.recipe import load_recipe
 from finetune.recompute import described
 from finetune.throughput import form_of
 from finetune.working_bytes import RUNTIME_DEVICE_BYTES
+from finetune.workload import GIB, Machine
 from monitoring.metrics import read_metrics
 
 WARM_STEPS = 2  # steps in which kernels compile
@@ -222,7 +223,7 @@ def trained(job: Job, console: Console) -> dict[str, Any]:
         "kernels": form_of(recipe),
         "tokens_per_second": round(rate),
         "step_seconds": round(statistics.median(r["seconds"] for r in steps), 4),
-        "mfu": round(rate * made.operations / (PEAK * job.cards), 4) if gpu else None,
+        "mfu": round(rate * made.work.operations / (PEAK * job.cards), 4) if gpu else None,
         "peak_gib": round(max(r["peak_bytes"] for r in records if r["kind"] == "train") / GIB, 2),
         "planned_gib": round((made.rank_bytes - beside) / GIB, 2),
         "load_seconds": round((console.at("weights from") or 0.0) - data, 1),

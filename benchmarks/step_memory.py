@@ -23,9 +23,9 @@ from finetune.kernels.trial import Place
 from finetune.lora import inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.planner import FREE_FRACTION, GIB
 from finetune.recompute import described
 from finetune.working_bytes import RUNTIME_DEVICE_BYTES
+from finetune.workload import FREE_FRACTION, GIB
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,12 @@ from finetune.model.model import PADDING, HybridMoEForCausalLM, initialise
 from finetune.parallel.experts import attach
 from finetune.parallel.world import World
 from finetune.paths import expanded
-from finetune.planner import GIB, Machine, plan
+from finetune.planner import plan
 from finetune.recipe import Recipe, RecipeError, resolve
 from finetune.recipe_sections import Source as RecipeSource
 from finetune.recompute import asked_for, described
 from finetune.run_folder import folder_of
+from finetune.workload import GIB, Machine
 from finetune.zero import zeros_on_disk
 
 Say = Callable[[str], None]
@@ -239,7 +240,7 @@ def _recompute(
     # Should a kernel serve on some cards only, their plans differ: what any rank computes again, all do.
     counts = world.sum(torch.tensor(made.recompute, dtype=torch.int32, device=world.device))
     agreed = tuple(Recompute(mixer > 0, experts > 0) for mixer, experts in counts.tolist())
-    return agreed, f"as the plan of {made.rank_bytes / GIB:.1f} in {(made.room_bytes or 0) / GIB:.1f} GiB allows"
+    return agreed, f"as the plan of {made.rank_bytes / GIB:.1f} in {(made.work.room_bytes or 0) / GIB:.1f} GiB allows"
 
 
 def _part(batch: Batch, world: World) -> Batch:

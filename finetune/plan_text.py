@@ -2,8 +2,9 @@
 
 from finetune.adapter_targets import all_linear_sentence
 from finetune.exchange_plan import Exchange
-from finetune.planner import FREE_FRACTION, GIB, Plan
+from finetune.planner import Plan
 from finetune.recompute import described
+from finetune.workload import FREE_FRACTION, GIB
 
 
 def render(plan: Plan, source: str = "") -> str:
@@ -12,8 +13,9 @@ def render(plan: Plan, source: str = "") -> str:
     Args:
         source: where the sizes come from, the sentence of `planner.model_config`.
     """
-    recipe, machine, lora = plan.recipe, plan.machine, plan.recipe.lora
-    total = sum(plan.config.parameter_counts().values())
+    work = plan.work
+    recipe, machine, lora = work.recipe, work.machine, work.recipe.lora
+    total = sum(work.config.parameter_counts().values())
     lines = [
         f"{recipe.name}: {recipe.model.path} on {machine.ranks} rank{'s' if machine.ranks > 1 else ''}"
         f" ({machine.device_name}, {min(machine.ranks, machine.ranks_per_node)} a node),"
@@ -22,8 +24,8 @@ def render(plan: Plan, source: str = "") -> str:
             recipe.parallel.offload
         ],
         *([source] if source else []),
-        *([all_linear_sentence(plan.config, lora)] if lora and "all-linear" in lora.targets else []),
-        f"{total:,} parameters, of which {plan.trained:,} train ({plan.trained / total:.3%})",
+        *([all_linear_sentence(work.config, lora)] if lora and "all-linear" in lora.targets else []),
+        f"{total:,} parameters, of which {work.trained:,} train ({work.trained / total:.3%})",
         "",
         "Memory of each rank, GiB",
         *(_row(name, size) for name, size in plan.memory.items() if size),
@@ -45,19 +47,20 @@ def render(plan: Plan, source: str = "") -> str:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    room = plan.room_bytes
+    work = plan.work
+    room = work.room_bytes
     if room is None:
         return ["Whether it fits is not known: the memory of this machine is not."]
     what = (
         f"{_gib(plan.rank_bytes)} GiB of {_gib(room)} GiB a rank ({FREE_FRACTION:.0%} of the"
-        f" {'GPU' if plan.machine.device_bytes is not None else 'host memory'} is kept free)"
+        f" {'GPU' if work.machine.device_bytes is not None else 'host memory'} is kept free)"
     )
     if plan.fits:
         return [f"Fits: {what}."]
     if plan.rank_bytes <= room:
         return [
             f"Does NOT fit: {what}, but what is offloaded takes {_gib(plan.offload_host_bytes)} GiB of the"
-            f" {_gib(plan.machine.host_bytes or 0)} GiB of a node's memory.",
+            f" {_gib(work.machine.host_bytes or 0)} GiB of a node's memory.",
             f"To make it fit: {plan.suggestion}.",
         ]
     largest = max(plan.memory, key=lambda name: plan.memory[name])
@@ -68,19 +71,20 @@ def _verdict(plan: Plan) -> list[str]:
 
 
 def _work(plan: Plan) -> list[str]:
-    train, ranks = plan.recipe.train, plan.machine.ranks
-    packs = plan.recipe.packs_per_micro_batch
+    work = plan.work
+    train, ranks = work.recipe.train, work.machine.ranks
+    packs = work.recipe.packs_per_micro_batch
     tokens = train.steps * train.global_batch_tokens
     lines = [
         "Work",
-        f"  a step: {train.global_batch_tokens:,} tokens = {ranks} rank{'s' if ranks > 1 else ''} x {plan.accumulation}"
-        f" micro-batch{'es' if plan.accumulation > 1 else ''} x {packs} sequence{'s' if packs > 1 else ''} of"
+        f"  a step: {train.global_batch_tokens:,} tokens = {ranks} rank{'s' if ranks > 1 else ''} x {work.accumulation}"
+        f" micro-batch{'es' if work.accumulation > 1 else ''} x {packs} sequence{'s' if packs > 1 else ''} of"
         f" {train.sequence_tokens:,}",
         f"  the run: {train.steps:,} steps, {tokens:,} tokens" if tokens else f"  the run: {train.epochs:g} epochs",
-        f"  a token: {_operations(plan.operations)} operations"
+        f"  a token: {_operations(work.operations)} operations"
         + (f", and {_operations(plan.recomputed)} computed again" if plan.recomputed else ""),
-        f"  computed again in the backward pass: {described(plan.config, plan.recompute)}",
-        *([f"  the run: {_operations(tokens * (plan.operations + plan.recomputed))} operations"] if tokens else []),
+        f"  computed again in the backward pass: {described(work.config, plan.recompute)}",
+        *([f"  the run: {_operations(tokens * (work.operations + plan.recomputed))} operations"] if tokens else []),
         *(_exchange(plan.exchange) if plan.exchange is not None else []),
     ]
     if not tokens:
@@ -122,24 +126,25 @@ def _exchange(made: Exchange) -> list[str]:
 
 
 def _offload(plan: Plan) -> list[str]:
-    if plan.recipe.parallel.offload == "none":
+    work = plan.work
+    if work.recipe.parallel.offload == "none":
         return []
     in_memory = f"  memory of each node for what is offloaded {_gib(plan.offload_host_bytes)} GiB"
-    if plan.machine.device_bytes is None:
+    if work.machine.device_bytes is None:
         in_memory = "  what is offloaded is in the memory of the ranks, which have no other"
     if not plan.offload_disk_bytes:
         return [in_memory]
-    return [f"{in_memory}, disk {_gib(plan.offload_disk_bytes)} GiB in {plan.recipe.parallel.offload_path}"]
+    return [f"{in_memory}, disk {_gib(plan.offload_disk_bytes)} GiB in {work.recipe.parallel.offload_path}"]
 
 
 def _disk(plan: Plan) -> list[str]:
-    checkpoint = plan.recipe.checkpoint
+    checkpoint = plan.work.recipe.checkpoint
     kept = f"{checkpoint.keep} kept{', the best' if checkpoint.keep_best else ''} and one being written"
     lines = [
         f"  disk for checkpoints {_gib(plan.checkpoints_bytes)} GiB ({kept},"
         f" {_gib(plan.checkpoint_bytes)} GiB each), for a merged export {_gib(plan.merged_bytes)} GiB"
     ]
-    free = plan.machine.disk_bytes
+    free = plan.work.machine.disk_bytes
     if free is not None and free < plan.checkpoints_bytes:
         lines.append(f"  only {_gib(free)} GiB are free there: lower checkpoint.keep or set output.dir elsewhere")
     return lines

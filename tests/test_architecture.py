@@ -25,7 +25,7 @@ RECIPE = (
 )
 PLAN = (
     *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text", "finetune.state_bytes"),
-    *("finetune.exchange_plan", "finetune.throughput"),
+    *("finetune.exchange_plan", "finetune.throughput", "finetune.workload"),
     *("finetune.recompute", "finetune.working_bytes", "finetune.adapter_targets"),
     *("finetune.recipe", "finetune.recipe_sections", "finetune.model.config"),
 )
@@ -44,6 +44,7 @@ FORBIDDEN = {
     "finetune/throughput.py": ("torch", "deepspeed"),
     "finetune/adapter_targets.py": ("torch", "deepspeed"),
     "finetune/working_bytes.py": ("torch", "deepspeed"),
+    "finetune/workload.py": ("torch", "deepspeed"),
     "finetune/recompute.py": ("torch", "deepspeed"),
     **dict.fromkeys(("finetune/cli.py", "finetune/gpus.py", "finetune/ranks.py"), ("torch", "deepspeed")),
     **dict.fromkeys(("finetune/run_folder.py", "finetune/commands/plan.py"), ("torch", "deepspeed")),
@@ -70,6 +71,7 @@ ALLOWED = {
     "finetune/state_bytes.py": PLAN,
     "finetune/adapter_targets.py": PLAN,
     "finetune/working_bytes.py": PLAN,
+    "finetune/workload.py": PLAN,
     "finetune/recompute.py": PLAN,
     "finetune/model/": ("finetune.model", READING),
     "finetune/kernels/": ("finetune.model", "finetune.kernels"),

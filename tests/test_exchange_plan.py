@@ -19,10 +19,11 @@ from finetune.model.model import HybridMoEForCausalLM
 from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach
 from finetune.plan_text import render
-from finetune.planner import GIB, Machine, plan
+from finetune.planner import plan
 from finetune.recipe import Recipe, RecipeError
 from finetune.recompute import asked_for
 from finetune.step import optimize
+from finetune.workload import GIB, Machine
 from tests.configs import randomise, tiny_config
 from tests.ranks import ranks
 from tests.test_planner import code, recipe_of

@@ -43,10 +43,11 @@ from finetune.model.moe import Experts, MoE
 from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach
 from finetune.plan_text import render
-from finetune.planner import GIB, Machine, Plan, model_config, plan
+from finetune.planner import Plan, model_config, plan
 from finetune.recipe import CHECKOUT, Recipe, RecipeError, load_recipe
 from finetune.recipe_sections import MIXER_TARGETS
 from finetune.step import optimize
+from finetune.workload import GIB, Machine
 from tests.configs import CONFIGS, randomise, tiny_config
 from tests.ranks import ranks
 
@@ -125,9 +126,9 @@ def test_adapters_on_the_experts_of_the_released_model() -> None:
     assert adapter_parameters(config, code(*overrides))[1] == 48 * 512 * 16 * (2048 + 1024 + 512 + 2048)
     expert_16 = *overrides, "parallel.expert=16", "parallel.ranks=16", "train.global_batch_tokens=1048576"
     made = plan(config, code(*expert_16), replace(H100, ranks=16))
-    assert made.trained_experts // 16 == 138_412_032
-    assert made.memory["adapters"] == 2 * (made.dense_adapters + 138_412_032)
-    assert made.active_adapters == made.dense_adapters + 48 * 10 * 16 * (2048 + 1024 + 512 + 2048)
+    assert made.work.trained_experts // 16 == 138_412_032
+    assert made.memory["adapters"] == 2 * (made.work.dense_adapters + 138_412_032)
+    assert made.work.active_adapters == made.work.dense_adapters + 48 * 10 * 16 * (2048 + 1024 + 512 + 2048)
 
 
 def test_a_target_that_no_layer_has_is_refused() -> None:
@@ -595,7 +596,7 @@ def test_an_offloaded_state_is_counted_where_it_is() -> None:
     config, node = ModelConfig.from_dict(REFERENCE), replace(H100, host_bytes=2048 * GIB)
     here, host = plan(config, code(*FULL), node), plan(config, code(*FULL, "parallel.offload=cpu"), node)
     nvme = plan(config, code(*FULL, "parallel.offload=nvme", "parallel.offload_path=/nvme"), node)
-    share = host.trained / 8
+    share = host.work.trained / 8
     assert here.offload_host_bytes == here.offload_disk_bytes == host.offload_disk_bytes == 0
     assert host.offload_host_bytes == pytest.approx(8 * share * (12 + 4 + 2), rel=1e-6)
     assert nvme.offload_host_bytes == pytest.approx(8 * share * (4 + 2), rel=1e-6)
@@ -610,8 +611,8 @@ def test_a_node_without_room_for_what_is_offloaded_is_told_so() -> None:
     config = ModelConfig.from_dict(REFERENCE)
     wide = replace(H100, device_bytes=192 * GIB, host_bytes=512 * GIB)
     made = plan(config, code(*FULL, "parallel.offload=cpu"), wide)
-    assert made.room_bytes is not None
-    assert made.rank_bytes < made.room_bytes
+    assert made.work.room_bytes is not None
+    assert made.rank_bytes < made.work.room_bytes
     assert made.fits is False
     assert "but what is offloaded takes 1,3" in render(made)
     assert plan(config, code(*FULL, "parallel.offload=cpu"), replace(wide, host_bytes=2048 * GIB)).fits
@@ -675,9 +676,9 @@ def test_what_does_not_divide_is_refused(sections: dict[str, Any], ranks_: int, 
 def test_room_on_a_host_is_shared_by_its_ranks_and_unknown_room_is_said() -> None:
     config = ModelConfig.from_dict(tiny_config())
     two, one = plan(config, recipe_of(), CPU), plan(config, recipe_of(), replace(CPU, ranks=1))
-    assert two.room_bytes is not None
-    assert one.room_bytes is not None
-    assert abs(2 * two.room_bytes - one.room_bytes) <= 2
+    assert two.work.room_bytes is not None
+    assert one.work.room_bytes is not None
+    assert abs(2 * two.work.room_bytes - one.work.room_bytes) <= 2
     unknown: Plan = plan(config, recipe_of(), replace(CPU, host_bytes=None))
     assert unknown.fits is None
     assert "Whether it fits is not known" in render(unknown)

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from finetune import planner
+from finetune import throughput, workload
 from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
-from finetune.planner import GIB, Machine, Plan, plan
+from finetune.planner import Plan, plan
 from finetune.recipe import CHECKOUT, RecipeError, load_recipe
 from finetune.recompute import asked_for, described
+from finetune.workload import GIB, Machine
 
-CONFIG = ModelConfig.from_dict(json.loads(planner.REFERENCE.read_text(encoding="utf-8")))
+CONFIG = ModelConfig.from_dict(json.loads(throughput.REFERENCE.read_text(encoding="utf-8")))
 H100 = Machine(ranks=8, ranks_per_node=8, device_name="NVIDIA H100 80GB HBM3", device_bytes=int(79.6 * GIB))
 # Sizes at which the whole model trains on 8 GPUs of 80 GB.
 SETTINGS = {
@@ -32,7 +33,7 @@ def planned(*overrides: str, gib: float | None = None) -> Plan:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_auto_takes_the_memory_that_is_left_and_no_more(name: str) -> None:
     full, none = (planned(*SETTINGS[name], f"train.recompute={word}") for word in ("full", "none"))
-    least_gib = full.rank_bytes / GIB / (1 - planner.FREE_FRACTION)
+    least_gib = full.rank_bytes / GIB / (1 - workload.FREE_FRACTION)
     shares = []
     for gib in (least_gib + 0.01, least_gib + 4, 80.0, 141.0, 2000.0):
         made = planned(*SETTINGS[name], gib=gib)
@@ -53,7 +54,7 @@ def test_the_last_layers_keep_something_for_nothing_where_no_rows_travel() -> No
     long = "train.sequence_tokens=32768", "train.micro_batch_tokens=32768", "train.global_batch_tokens=262144"
     alone = "parallel.expert=1", "parallel.ranks=1", *long
     full = planned(*alone, "train.recompute=full", gib=300.0)
-    made = planned(*alone, "train.recompute=auto", gib=(full.rank_bytes + 2**20) / GIB / (1 - planner.FREE_FRACTION))
+    made = planned(*alone, "train.recompute=auto", gib=(full.rank_bytes + 2**20) / GIB / (1 - workload.FREE_FRACTION))
     assert not made.recompute[-1].experts
     assert set(made.recompute[:-4]) == {ALL}
     assert made.rank_bytes <= full.rank_bytes + 2**20
@@ -63,9 +64,9 @@ def test_room_is_left_for_experts_that_receive_more_than_the_mean() -> None:
     """Experts of other ranks may be sent more rows than the mean; auto does not fill the card to the brim."""
     made = planned(gib=80)
     held = sum(not again.experts for again in made.recompute)
-    assert made.room_bytes is not None
+    assert made.work.room_bytes is not None
     assert 0 < held < CONFIG.num_hidden_layers
-    assert made.room_bytes - made.rank_bytes > 2 * GIB
+    assert made.work.room_bytes - made.rank_bytes > 2 * GIB
 
 
 def test_what_saves_most_operations_for_a_byte_is_kept_first() -> None:

@@ -11,9 +11,10 @@ from finetune import throughput
 from finetune.exchange_plan import Links
 from finetune.model.config import ModelConfig
 from finetune.plan_text import render
-from finetune.planner import GIB, Machine, Plan, plan
+from finetune.planner import Plan, plan
 from finetune.recipe import CHECKOUT, load_recipe
 from finetune.throughput import EXTRAPOLATED_MARGIN, RESULTS, SOURCE, Estimate, form_of, measured_rows
+from finetune.workload import GIB, Machine
 
 REFERENCE = json.loads(throughput.REFERENCE.read_text())
 ROWS = [row for row in json.loads(RESULTS.read_text())["rows"] if row["measured"]]
@@ -123,7 +124,7 @@ def test_nothing_is_estimated_where_nothing_like_it_was_measured(made: tuple[Any
 
 def test_plain_kernels_have_a_range_of_their_own_or_none() -> None:
     made = planned(H200, 1, 1, 8, "kernels.experts=loop", "kernels.layers=plain", "kernels.mixers=plain")
-    assert form_of(made.recipe) == "plain"
+    assert form_of(made.work.recipe) == "plain"
     if any(row.get("kernels") == "plain" for row in ROWS):
         assert rates(made)[1] < rates(planned(H200, 1, 1, 8))[0]
     else:
@@ -145,7 +146,10 @@ def test_the_exchange_slows_a_run_and_over_a_network_needs_its_speed() -> None:
     two = planned(H200, 16, 16, 12)
     assert "--network-gbit" in str(two.throughput)
     known = [
-        replace(two, machine=replace(two.machine, links=Links(network_gbit=gbit))).throughput for gbit in (3200, 800)
+        replace(
+            two, work=replace(two.work, machine=replace(two.work.machine, links=Links(network_gbit=gbit)))
+        ).throughput
+        for gbit in (3200, 800)
     ]
     fast, slow = (speed.fastest for speed in known if isinstance(speed, Estimate))
     assert slow < fast

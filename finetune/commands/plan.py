@@ -11,11 +11,12 @@ from finetune.epochs import planned_steps, tokenizer_folder
 from finetune.exchange_plan import Links
 from finetune.gpus import gpus
 from finetune.plan_text import render
-from finetune.planner import GIB, Machine, model_config, plan
+from finetune.planner import model_config, plan
 from finetune.ranks import fit_to_ranks, ranks_here
 from finetune.recipe import Recipe, RecipeError
 from finetune.run_folder import folder_of
 from finetune.start_notes import start_notes
+from finetune.workload import GIB, Machine
 
 
 def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_gib: float | None, links: Links) -> int:
