@@ -322,10 +322,12 @@ run_job() { # the recipe
       "last checkpoint"
     rm -rf "$run/merged" # of an earlier training with fewer steps
   fi
-  if [[ $1 -ef $ROOT/recipes/tiny.yaml && ! -e $run/merged ]]; then
-    finetune export "$run" --to "$run/merged" --format merged
+  if [[ $1 -ef $ROOT/recipes/tiny.yaml ]]; then
+    if [[ ! -e $run/merged ]]; then finetune export "$run" --to "$run/merged" --format merged; fi
+    finetune summary "$run" --model "$run/merged"
+  else
+    finetune summary "$run"
   fi
-  finetune summary "$run"
 }
 
 finetune() { # PYTHONPATH and -P: our packages come from this checkout, never from the folder the user stands in

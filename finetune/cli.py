@@ -169,7 +169,7 @@ def summary(options: argparse.Namespace) -> int:
     recipe_of(options.run)
     from finetune.results import print_summary
 
-    return print_summary(options.run)
+    return print_summary(options.run, options.model)
 
 
 def replay(options: argparse.Namespace) -> int:
@@ -265,6 +265,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder to write; must not exist")
             sub.add_argument("--format", choices=("merged", "adapter"), required=True)
             sub.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest, best or step-N")
+        else:
+            words = "a small merged export of the run; prints what it and the base write for two held-out rows"
+            sub.add_argument("--model", type=_path, metavar="DIR", help=words)
     sub = _add(commands, rewind)
     sub.add_argument("run", type=_path, metavar="RUN", help="run folder, such as runs/tiny")
     sub.add_argument("--to", required=True, metavar="WHICH", help="step-N or best")

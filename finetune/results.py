@@ -56,9 +56,25 @@ def export_run(run: Path, to: Path, *, kind: str, which: str = "newest") -> int:
     return 0
 
 
-def print_summary(run: Path) -> int:
-    """Print held-out loss before and after, the load of every layer's experts, and where everything lies."""
+def print_summary(run: Path, model: Path | None = None) -> int:
+    """Print held-out loss before and after, the load of every layer's experts, and where everything lies.
+
+    Args:
+        model: a merged export of the run, small enough for this machine's memory: what it and the base write for two
+            held-out rows is printed too.
+
+    Raises:
+        RecipeError: `run` is not the folder of a run.
+        CheckpointError: `model` holds no model.
+    """
     recipe = recipe_of(run)
+    completions: list[str] = []
+    if model is not None:
+        if not (model / "config.json").is_file():
+            raise CheckpointError(f"{model}: no merged export here (no config.json); name the folder of one")
+        from finetune.completions import completion_lines
+
+        completions = completion_lines(recipe, model)
     records = read_metrics(run / "metrics.jsonl")
     snapshots = sorted((run / "routing").glob("step-*.npz"))
     if snapshots:
@@ -72,7 +88,7 @@ def print_summary(run: Path) -> int:
         print(line)
     findings = [record for record in records if record["kind"] == "finding" and record["level"] != "info"]
     print(f"findings of the routing and loss rules: {len(findings)}" + "".join(f"\n  {f['message']}" for f in findings))
-    print("Where things are:", *_places(run), sep="\n")
+    print(*completions, "Where things are:", *_places(run), sep="\n")
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data.corpus.make_corpus import MAX_FILE_BYTES, make_corpus
+from data.corpus.make_corpus import MAX_ANSWER_CHARACTERS, MAX_FILE_BYTES, make_corpus
 from data.tokenizer import OTHER_CONTROL_TOKENS, SPECIAL_TOKENS
 
 CORPUS = Path(__file__).parent.parent / "data" / "corpus"
@@ -53,13 +53,36 @@ def test_pairs_are_functions_of_the_files_on_their_own_side():
             assert split_of[pair["path"]] == split
             node = ast.parse(answer).body[0]
             assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            assert f"{node.name}({ast.unparse(node.args)})`" in request
+            assert len(answer) <= MAX_ANSWER_CHARACTERS
+            first = request.split("\n\n")[1]
+            assert f"def {node.name}({ast.unparse(node.args)})" in first
+            assert first.startswith("async ") == isinstance(node, ast.AsyncFunctionDef)
             docstring = ast.get_docstring(node) or ""
             assert "".join(request.split()).endswith("".join(docstring.split()))
             below = texts[pair["path"]].split("\n")[pair["line"] - 1 :]
             if len(below) > answer.count("\n") + 1:  # not in the part that was cut off
                 assert textwrap.dedent("\n".join(below[: answer.count("\n") + 1])) == answer
     assert not answers["train"] & answers["heldout"]
+
+
+def test_descriptions_are_the_pairs_of_training_files_the_other_way_round():
+    split_of = {path: entry[2] for path, entry in sources(CORPUS).items()}
+    pairs = {
+        (row["path"], row["line"]): [message["content"] for message in row["messages"]]
+        for row in rows(CORPUS / "pairs-train.jsonl.gz")
+    }
+    described = rows(CORPUS / "describe-train.jsonl.gz")
+    assert {split_of[row["path"]] for row in described} == {"train"}
+    found = 0
+    for row in described:
+        request, answer = (message["content"] for message in row["messages"])
+        source = request.removeprefix("Describe this function.\n\n")
+        assert "".join((ast.get_docstring(ast.parse(source).body[0]) or "").split()) == "".join(answer.split())
+        if (row["path"], row["line"]) in pairs:
+            found += 1
+            asked, function = pairs[row["path"], row["line"]]
+            assert (source, asked.endswith(f"\n\n{answer}")) == (function, True)
+    assert found == len(pairs)
 
 
 def test_the_split_is_the_hash_of_the_path_and_bytes_carry_no_time():
@@ -72,7 +95,7 @@ def test_the_split_is_the_hash_of_the_path_and_bytes_carry_no_time():
 
 def test_corpus_is_small_licensed_and_free_of_control_tokens():
     files = sorted(CORPUS.glob("*.gz"))
-    assert len(files) == 4
+    assert len(files) == 5
     assert sum(file.stat().st_size for file in files) < 3_000_000
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in (CORPUS / "LICENSE.PSF").read_text()
     for file in files:

@@ -1,5 +1,6 @@
 """The files of `recipes/base` say the same of the model: configuration, generation, tokenizer, template, weights."""
 
+import gzip
 import json
 import math
 import re
@@ -72,3 +73,11 @@ def test_the_weights_and_the_readme_have_the_sizes_of_the_configuration() -> Non
     assert (config["torch_dtype"], dtypes & {"BF16"}) == ("bfloat16", {"BF16"})
     count = sum(math.prod(shape) for shape in shapes.values())
     assert f"{count:,} parameters" in (BASE / "README.md").read_text()
+
+
+def test_the_tables_of_the_corpus_and_of_the_base_count_what_there_is() -> None:
+    corpus = BASE.parent.parent / "data" / "corpus"
+    table = (corpus / "README.md").read_text()
+    for path in sorted(corpus.glob("*.jsonl.gz")):
+        with gzip.open(path) as rows:
+            assert f"| `{path.name}` | {sum(1 for _ in rows):,} |" in table

@@ -263,7 +263,7 @@ def test_main_job_plans_trains_exports_and_sums_up(checkout: Checkout) -> None:
         f"env OMP={max(1, len(os.sched_getaffinity(0)) // 2)} DS=cpu",
         f"python -P -m finetune finished {job}",
         "python -P -m finetune export RUN --to RUN/merged --format merged",
-        "python -P -m finetune summary RUN",
+        "python -P -m finetune summary RUN --model RUN/merged",
     ]
 
 

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 MAX_FILE_BYTES = 64 * 1024
-MAX_FUNCTION_CHARACTERS = 2000
+MAX_FUNCTION_CHARACTERS = 800
+# Of a function that is asked for: a small model learns within minutes where a short one ends.
+MAX_ANSWER_CHARACTERS = 400
 MIN_DOCSTRING_CHARACTERS = 20
 TABLE_BYTES = 8 * 1024
 HELD_OUT_PERCENT = 7
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> None:
 
 
 def make_corpus(*, stdlib: Path, to: Path) -> None:
-    """Writes the four row files, `SOURCES.txt` and `LICENSE.PSF` into `to`.
+    """Writes the row files, `SOURCES.txt` and `LICENSE.PSF` into `to`.
 
     Raises:
         SystemExit: the interpreter has no library sources or no licence file beside them.
@@ -76,7 +78,10 @@ def make_corpus(*, stdlib: Path, to: Path) -> None:
     for split, members in (("train", {f.path for f in files} - held_out), ("heldout", held_out)):
         code = [{"text": f.text, "path": f.path} for f in files if f.path in members]
         write_rows(to / f"code-{split}.jsonl.gz", code)
-        write_rows(to / f"pairs-{split}.jsonl.gz", [pair for pair in pairs if pair["path"] in members])
+        short = [pair for pair in pairs if pair["path"] in members and is_short(pair)]
+        write_rows(to / f"pairs-{split}.jsonl.gz", short)
+    descriptions = [described(pair) for pair in pairs if pair["path"] not in held_out]
+    write_rows(to / "describe-train.jsonl.gz", descriptions)
     write_bytes(to / "LICENSE.PSF", licence.read_bytes())
     write_bytes(to / "SOURCES.txt", sources_table(files).encode())
 
@@ -136,10 +141,34 @@ def function_pairs(file: SourceFile) -> Iterator[dict[str, Any]]:
         if len(source) > MAX_FUNCTION_CHARACTERS or not stands_alone(source):
             continue
         kind = "method" if name.count(".") > module.count(".") + 1 else "function"
-        asynchronous = "async " if isinstance(node, ast.AsyncFunctionDef) else ""
-        request = f"Write the {asynchronous}{kind} `{name}({ast.unparse(node.args)})`.\n\n{docstring}"
+        request = f"Write this {kind} of `{name.rpartition('.')[0]}`.\n\n{signature(node)}\n\n{docstring}"
         messages = [{"role": "user", "content": request}, {"role": "assistant", "content": source}]
         yield {"messages": messages, "path": file.path, "line": first}
+
+
+def is_short(pair: dict[str, Any]) -> bool:
+    """Whether the answer of a row is short enough to be asked for."""
+    return len(pair["messages"][1]["content"]) <= MAX_ANSWER_CHARACTERS
+
+
+def signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """The first line of a function, as the answer to its row has it where the source is on one line."""
+    asynchronous = "async " if isinstance(node, ast.AsyncFunctionDef) else ""
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{asynchronous}def {node.name}({ast.unparse(node.args)}){returns}:"
+
+
+def described(pair: dict[str, Any]) -> dict[str, Any]:
+    """The row of `pair` the other way round: its function is given, and its docstring answered.
+
+    The base model is pretrained on these rows, so that it knows the form of a conversation and where a turn ends, but
+    not the task of `pairs-train.jsonl.gz`.
+    """
+    source = pair["messages"][1]["content"]
+    request = f"Describe this function.\n\n{source}"
+    answer = pair["messages"][0]["content"].split("\n\n", 2)[2]
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "path": pair["path"], "line": pair["line"]}
 
 
 def functions(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
