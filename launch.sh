@@ -380,8 +380,9 @@ train() { # number of ranks here, then the job; for several hosts also --, and w
   trap 'stop_training TERM 143' TERM HUP
   trap 'stop_training USR1 138' USR1
   set -m # the launcher and its ranks get a process group of their own
+  # Without its own lines: when a rank fails it prints the whole command line, and what the rank said is enough.
   # The ranks end when one of these two processes is gone; the runner keeps the id of the shell that it replaces.
-  NEXTUNE_STARTERS="$$ $BASHPID" exec deepspeed -q "${where[@]}" "$ROOT/finetune/train.py" "${job[@]}" </dev/null &
+  NEXTUNE_STARTERS="$$ $BASHPID" exec deepspeed --log_level critical "${where[@]}" "$ROOT/finetune/train.py" "${job[@]}" </dev/null &
   GROUP=$!
   set +m
   wait "$GROUP" || code=$?

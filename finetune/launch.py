@@ -50,6 +50,8 @@ def train_here(recipe: Recipe, launcher: Launcher | None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # DeepSpeed 0.19.8 calls collectives by names that torch is retiring; nothing a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Its barriers name no device; the one that torch then takes is this rank's own, which `worlds.start` has set.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     folder = folder_of(recipe)
     with told_by_every_host():
         check_folder(folder, recipe)

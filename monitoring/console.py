@@ -68,6 +68,10 @@ class Console:
             self._finding(record)
         elif kind == "end":
             self.close()
+        elif kind == "checkpoint":
+            self._say(f"{_step(record)}{saved(record)}")
+        elif kind == "action":
+            self._say(f"{_step(record)}{record['message']}")
         else:
             self._say(f"{_step(record)}{kind}: {describe(record)}")
 
@@ -159,6 +163,19 @@ def describe(record: Record) -> str:
         key: value for key, value in record.items() if key not in _NOT_SHOWN and not isinstance(value, list | dict)
     }
     return ", ".join(f"{key} {_show(value)}" for key, value in shown.items())
+
+
+def saved(record: Record) -> str:
+    """A checkpoint in words: `checkpoints/step-8 is written, in 4.2s beside the training, which waited 0.1s for it`."""
+    text = f"{record['path']} is written"
+    if record.get("seconds") is None or record.get("blocked_seconds") is None:
+        return text
+    waited = _short_duration(record["blocked_seconds"])
+    return f"{text}, in {_short_duration(record['seconds'])} beside the training, which waited {waited} for it"
+
+
+def _short_duration(seconds: float) -> str:
+    return f"{seconds:.1f}s" if seconds < 9.95 else duration(seconds)
 
 
 def _show(value: Any) -> str:

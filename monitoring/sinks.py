@@ -9,6 +9,7 @@ Only rank 0 holds sinks; another rank holds `Sinks([])`, so the training loop ne
 
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -161,6 +162,15 @@ def _opened(openers: Mapping[str, Callable[[], Sink]]) -> list[Sink]:
     for what, open_sink in openers.items():
         try:
             sinks.append(open_sink())
+        except ModuleNotFoundError as error:
+            log.warning("%s is off for this run: %s", what, how_to_get(error))
         except Exception as error:
             log.warning("%s is off for this run: %s: %s", what, type(error).__name__, error)
     return sinks
+
+
+def how_to_get(error: ModuleNotFoundError) -> str:
+    """Which package is missing, and the command that installs it where this process looks for it."""
+    module = (error.name or "").partition(".")[0]
+    package = {"PIL": "pillow"}.get(module, module)
+    return f"the package {package} is not installed; get it with: {sys.executable} -m pip install {package}"

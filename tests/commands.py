@@ -106,7 +106,15 @@ TINY = ("--recipe", "recipes/tiny.yaml")
 def launcher(ranks: int | None) -> list[str]:
     """The launcher and the script; the port is free, since other tests may be training."""
     number = ["--num_gpus", str(ranks)] if ranks else []
-    return [str(BIN / "deepspeed"), "-q", *number, "--master_port", str(free_port()), str(ROOT / "finetune/train.py")]
+    return [
+        str(BIN / "deepspeed"),
+        "--log_level",
+        "critical",
+        *number,
+        "--master_port",
+        str(free_port()),
+        str(ROOT / "finetune/train.py"),
+    ]
 
 
 def run(*command: str, cwd: Path, **environment: str) -> Done:

@@ -52,11 +52,12 @@ def nothing_left(folder: Path) -> Iterator[None]:
 
 
 def told(done: Done) -> str:
-    """The one message of a command that refused; what surrounds it is not ours and no traceback."""
+    """The one message of a command that refused: no traceback, and no line of the launcher's own log."""
     assert done.code == 2, done.out + done.err
     everything = done.out + done.err
     assert "Traceback" not in everything, everything
     assert everything.count("nextune: ") == 1, everything
+    assert not re.search(r"^\[\d{4}-\d\d-\d\d ", everything, re.MULTILINE), everything
     lines = done.err.partition("nextune: ")[2].splitlines()
     assert not [line for line in lines if line.startswith(("  File", "Exception", "RuntimeError", "[rank"))], everything
     return "\n".join(lines)
@@ -223,7 +224,14 @@ def test_a_port_that_another_run_uses_is_named(here: Place) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        deepspeed = [str(BIN / "deepspeed"), "-q", "--master_port", port, str(ROOT / "finetune/train.py")]
+        deepspeed = [
+            str(BIN / "deepspeed"),
+            "--log_level",
+            "critical",
+            "--master_port",
+            port,
+            str(ROOT / "finetune/train.py"),
+        ]
         recipe = ("--recipe", "recipes/tiny.yaml", *here.settings(name="port"))
         message = told(run(*deepspeed, *recipe, cwd=here.folder))
     assert message.startswith(f"the 1 ranks do not find each other at 127.0.0.1:{port} (")

@@ -85,11 +85,17 @@ def test_other_records_are_one_line_each_and_markup_in_them_is_text():
         {"kind": "start", "step": 0},
         {"kind": "eval", "step": 20, "loss": 2.25, "tokens": 12345, "parts": [(1.0, 2)], "time": 1.0},
         {"kind": "checkpoint", "step": 20, "path": "runs/[bold]x/checkpoints/step-20"},
+        {"kind": "checkpoint", "step": 40, "path": "checkpoints/step-40", "seconds": 0.3874, "blocked_seconds": 0.1184},
+        {"kind": "checkpoint", "step": 60, "path": "checkpoints/step-60", "seconds": 83.2, "blocked_seconds": 9.96},
+        {"kind": "action", "step": 61, "message": "SIGTERM: saved and stopped, resumable"},
         {"kind": "end", "step": 20},
     )
     assert text.splitlines() == [
         "step 20 | eval: loss 2.2500, tokens 12,345",
-        "step 20 | checkpoint: path runs/[bold]x/checkpoints/step-20",
+        "step 20 | runs/[bold]x/checkpoints/step-20 is written",
+        "step 40 | checkpoints/step-40 is written, in 0.4s beside the training, which waited 0.1s for it",
+        "step 60 | checkpoints/step-60 is written, in 1m 23s beside the training, which waited 10s for it",
+        "step 61 | SIGTERM: saved and stopped, resumable",
     ]
 
 

@@ -197,6 +197,16 @@ def test_a_sink_that_cannot_be_opened_does_not_stop_the_run(tmp_path, caplog, ca
     assert (tmp_path / "routing/step-00000050.npz").exists()
 
 
+def test_wandb_that_is_not_installed_is_said_with_the_command_that_gets_it(tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # its import then fails as where there is none
+    monkeypatch.delitem(sys.modules, "monitoring.wandb_sink", raising=False)
+    open_sinks(tmp_path, name="n", steps=9, wandb="offline", project="p", config={}).close()
+    assert caplog.messages == [
+        "W&B is off for this run: the package wandb is not installed; get it with:"
+        f" {sys.executable} -m pip install wandb"
+    ]
+
+
 def test_ranks_without_sinks_need_no_special_case():
     sinks = Sinks([])
     sinks.write(train(1))

@@ -65,7 +65,7 @@ class World:
 
     def barrier(self) -> None:
         """Wait for every rank. Communicates."""
-        dist.barrier()
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def gather(self, value: object) -> list[object]:
         """Everyone's `value`, by rank. Pickles and communicates: for small things at start and end."""
