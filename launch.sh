@@ -283,7 +283,7 @@ lead_hosts() { # the recipe: this same script on every host, each of which then 
 }
 
 run_job() { # the recipe
-  local job run ranks nodes here first shape=() code=0
+  local job run ranks nodes here first merged model=() shape=() code=0
   job=(--recipe "$1" "${OVERRIDES[@]}")
   export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV TOKENIZERS_PARALLELISM=false
   if [[ -z $GPU || -z ${CUDA_VISIBLE_DEVICES-all} ]]; then export DS_ACCELERATOR=cpu; fi
@@ -320,14 +320,14 @@ run_job() { # the recipe
     if [[ $code -eq $STOPPED ]]; then leave_stopped; fi
     [[ $code -eq 0 ]] || fail "the training ended, but its run is not complete; the same command continues it from its" \
       "last checkpoint"
-    rm -rf "$run/merged" # of an earlier training with fewer steps
   fi
   if [[ $1 -ef $ROOT/recipes/tiny.yaml ]]; then
-    if [[ ! -e $run/merged ]]; then finetune export "$run" --to "$run/merged" --format merged; fi
-    finetune summary "$run" --model "$run/merged"
-  else
-    finetune summary "$run"
+    # A place of its own. What lies there is replaced where its mark says launch.sh, and kept where it is of this step.
+    merged=$run/merged-by-launch
+    finetune export "$run" --to "$merged" --format merged --written-by launch.sh
+    if [[ -e $merged/nextune-export.json ]]; then model=(--model "$merged"); fi
   fi
+  finetune summary "$run" "${model[@]}"
 }
 
 finetune() { # PYTHONPATH and -P: our packages come from this checkout, never from the folder the user stands in

@@ -29,6 +29,12 @@ def describe(dataset: Dataset) -> str:
     return line
 
 
+def amounts(dataset: Dataset) -> dict[str, int]:
+    """How much a dataset holds, for the records of a run."""
+    names = ("rows", "documents", "packs", "tokens", "supervised_tokens", "sequence_tokens")
+    return {name: int(dataset.manifest[name]) for name in names}
+
+
 def show_pack(dataset: Dataset, tokenizer: Tokenizer, pack: int) -> Iterator[Text]:
     """One pack for `rich`: a heading for it and for each document, and the text with what is trained marked."""
     documents = dataset.documents(pack)

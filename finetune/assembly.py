@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from data.dataset import Dataset, prepare
 from data.loader import Loader, evaluation_batches, probe_batch
 from data.packing import Batch
-from data.show import describe
+from data.show import amounts, describe
 from data.sources import DataError, Source
 from data.tokenizer import Tokenizer, load_tokenizer
 from finetune import engine as engines
@@ -54,6 +54,7 @@ class Assembly:
     evaluation: list[Batch]
     probe: Batch  # this rank's part of the tokens on which routing is compared with the base
     adapted: list[str]  # modules with adapters; empty in full-parameter training
+    data: dict[str, dict[str, int]]  # how much there is to train on and to measure on
 
 
 def assemble(recipe: Recipe, folder: Path, world: World, say: Say, progress: Callable[[], None]) -> Assembly:
@@ -107,6 +108,7 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say, progress: Cal
         else evaluation_batches(held_out, packs_per_micro_batch=packs, rank=world.rank, ranks=world.size),
         probe=probe,
         adapted=adapted,
+        data={"train": amounts(train), **({"eval": amounts(held_out)} if held_out is not None else {})},
     )
 
 

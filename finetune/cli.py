@@ -159,9 +159,16 @@ def rewind(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     """Write what a run trained as a folder that other tools load."""
     recipe_of(options.run)  # before the libraries: a mistyped folder is told at once
-    from finetune.results import export_run
+    from finetune.commands.export import export_run
 
-    return export_run(options.run, options.to, kind=options.format, which=options.checkpoint)
+    return export_run(
+        options.run,
+        options.to,
+        kind=options.format,
+        which=options.checkpoint,
+        base=options.base,
+        **({"writer": options.written_by} if options.written_by else {}),
+    )
 
 
 def summary(options: argparse.Namespace) -> int:
@@ -264,6 +271,8 @@ def _parser() -> argparse.ArgumentParser:
         if command is export:
             sub.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder to write; must not exist")
             sub.add_argument("--format", choices=("merged", "adapter"), required=True)
+            sub.add_argument("--base", type=_path, metavar="DIR", help="the base weights, where they are elsewhere now")
+            sub.add_argument("--written-by", help=argparse.SUPPRESS)  # launch.sh, which replaces only what it wrote
             sub.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest, best or step-N")
         else:
             words = "a small merged export of the run; prints what it and the base write for two held-out rows"

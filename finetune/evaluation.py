@@ -1,8 +1,9 @@
 """Held-out loss, and routing of fixed probe tokens beside the base model's: forward passes that train nothing."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from data.packing import Batch
 from finetune.balance import count_rows
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.parallel.world import World
+
+NEVER_BETTER = "training never improved on the base: no held-out loss is below that before the first step"
 
 
 @dataclass(frozen=True)
@@ -127,3 +130,22 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cuda":
         return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch))
     return Batch(*(tensor.to(device) for tensor in batch))
+
+
+def held_out_sentences(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the lines of metrics.jsonl say of the held-out loss before and after; nothing where it was measured once."""
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    if len(evaluations) < 2:
+        return []
+    before, after = evaluations[0], evaluations[-1]
+    if before["loss"] is None or after["loss"] is None:
+        return [f"held-out loss: not a number at step {(before if before['loss'] is None else after)['step']}"]
+    line = f"held-out loss: {before['loss']:.4f} before, {after['loss']:.4f} after {after['step']} steps"
+    better = any(record["loss"] is not None and record["loss"] < before["loss"] for record in evaluations[1:])
+    worse = [NEVER_BETTER] if before["step"] == 0 and not better else []
+    change = paired_change(before["parts"], after["parts"])
+    if change is None:
+        return [f"{line} (no standard error: it needs two or more batches that are the same in both)", *worse]
+    mean, error = change
+    line += f"; change {mean:+.4f} with standard error {error:.4f} over {len(after['parts'])} batches"
+    return [line + (f" ({abs(mean) / error:.0f} standard errors)" if error else ""), *worse]

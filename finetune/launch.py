@@ -54,7 +54,8 @@ def train_here(recipe: Recipe, launcher: Launcher | None) -> int:
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     folder = folder_of(recipe)
     with told_by_every_host():
-        check_folder(folder, recipe)
+        for note in check_folder(folder, recipe):
+            say(f"note: {note}")
         check_resume_from(folder, recipe)
         if is_complete(folder, recipe):
             say(f"{folder}: this run is complete; `python -m finetune summary {folder}` shows it")

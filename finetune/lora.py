@@ -128,6 +128,16 @@ def _assert_adapted(model: nn.Module, linear: list[str], experts: list[str]) -> 
     assert trainable == expected, f"other parameters train than asked: {sorted(trainable ^ expected)[:5]}"
 
 
+def adapter_scale(model: nn.Module) -> dict[str, float] | None:
+    """Rank of the adapters of a model, and what the product of their factors is multiplied by; None without any."""
+    for module in model.modules():
+        if isinstance(module, Experts) and module.lora_A:
+            return {"rank": next(iter(module.lora_A.values())).shape[1], "scaling": module.lora_scale}
+        if isinstance(module, Linear):
+            return {"rank": module.r[ADAPTER], "scaling": module.scaling[ADAPTER]}
+    return None
+
+
 @contextmanager
 def base_model(model: nn.Module) -> Iterator[None]:
     """The frozen base: adapters switched off inside the `with` block."""

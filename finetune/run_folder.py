@@ -1,7 +1,6 @@
 """The folder of one run: which files it holds, whether it belongs to this recipe, whether it finished or stopped."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 from filelock import FileLock
 
 from finetune.paths import expanded
-from finetune.recipe import Recipe, RecipeError, dump, load_recipe
+from finetune.recipe import Recipe, RecipeError, dump
 from finetune.run_place import check_place, hold, marked_step
+from finetune.run_recipe import FILE, changed_keys, file_note, listed_changes, recorded, run_recipe
 from monitoring.files import replace_file
 from monitoring.json_file import FileError, read_object
 
@@ -30,16 +30,16 @@ def folder_of(recipe: Recipe) -> Path:
     return expanded(recipe.output.dir).absolute() / recipe.name
 
 
-def recipe_of(run: Path) -> Recipe:
-    """The effective recipe that a run folder holds.
+def recipe_of(run: str | Path) -> Recipe:
+    """The effective recipe of the run in a folder: that of its newest checkpoint, before the first one recipe.yaml.
 
     Raises:
         RecipeError: no recipe there.
     """
-    stored = run / "recipe.yaml"
-    if not os.path.exists(stored):
-        raise RecipeError(f"{run}: not the folder of a run (it holds no recipe.yaml)")
-    return load_recipe(stored, check_paths=False)
+    found = run_recipe(Path(run))
+    if found is None:
+        raise RecipeError(f"{run}: not the folder of a run (it holds no {FILE})")
+    return found.recipe()
 
 
 def run_of_step(kept: Path) -> Path:
@@ -47,26 +47,27 @@ def run_of_step(kept: Path) -> Path:
     return kept.absolute().parent.parent
 
 
-def check_folder(folder: Path, recipe: Recipe) -> None:
+def check_folder(folder: Path, recipe: Recipe) -> list[str]:
     """Make sure that the folder can be written to, and that an earlier run in it had the same recipe. Changes nothing.
+
+    Returns:
+        What the user may want to know: that the run's recipe.yaml is missing or was edited.
 
     Raises:
         RecipeError: it cannot, or the folder holds a run of another recipe; names the keys that differ.
     """
     check_place(folder)
-    stored = folder / "recipe.yaml"
-    now = flatten(recipe.model_dump(mode="json"))
-    if stored.exists():
-        before = flatten(load_recipe(stored, check_paths=False).model_dump(mode="json"))
-        changed = sorted(
-            key for key in now.keys() | before.keys() if now.get(key) != before.get(key) and not key.startswith(FREE)
+    before = run_recipe(folder)
+    if before is None:
+        return []
+    changed = changed_keys(recorded(recipe).model_dump(mode="json"), before, FREE)
+    if changed:
+        raise RecipeError(
+            f"{folder}: holds a run of another recipe ({listed_changes(changed)});"
+            f" give this one a name of its own (--set name=...) or delete the folder"
         )
-        if changed:
-            first = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:3])
-            raise RecipeError(
-                f"{folder}: holds a run of another recipe ({first}{', ...' if len(changed) > 3 else ''});"
-                f" give this one a name of its own (--set name=...) or delete the folder"
-            )
+    note = file_note(folder, before, FREE)
+    return [note] if note else []
 
 
 def claim(folder: Path, recipe: Recipe) -> FileLock:
@@ -79,7 +80,7 @@ def claim(folder: Path, recipe: Recipe) -> FileLock:
         folder.mkdir(parents=True, exist_ok=True)
         held = hold(folder)
         (folder / "stopped.json").unlink(missing_ok=True)
-        replace_file(folder / "recipe.yaml", dump(recipe).encode())
+        replace_file(folder / FILE, dump(recorded(recipe)).encode())
     except OSError as error:
         raise RecipeError(f"output.dir: {folder} cannot be written ({error.strerror or error})") from None
     return held
@@ -168,14 +169,3 @@ def stopped_step(folder: Path) -> int | None:
 def mark_stopped(folder: Path, facts: Mapping[str, Any]) -> None:
     """Leave the marker that the run saved and stopped because it was asked to; the next start removes it."""
     replace_file(folder / "stopped.json", json.dumps(dict(facts), indent=1).encode())
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

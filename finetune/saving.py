@@ -23,6 +23,8 @@ from finetune.checkpoint.writer import Writer, Written
 from finetune.engine import ExpertEngine
 from finetune.parallel.world import World
 from finetune.recipe import Recipe, RecipeError
+from finetune.run_folder import FREE
+from finetune.run_recipe import changed_keys, listed_changes, recipe_in, recorded
 from finetune.starting_point import StartingPoint, starting_point
 from monitoring.files import MonitoringError
 
@@ -138,11 +140,12 @@ def resume(
     Args:
         folder: of the run.
         base: folder of the base weights that the run stands on.
+        recipe: of this start; what defines a run in it must be as a checkpoint of this run has it.
         progress: called after each piece that is hashed and each tensor that is read.
 
     Raises:
-        RankError: the checkpoint is of other base weights or other data, or there were some and none is whole,
-            or the disk cannot be read.
+        RankError: the checkpoint is of another recipe, other base weights or other data, or there were some and none is
+            whole, or the disk cannot be read.
     """
     root = folder / "checkpoints"
     with world.together(CheckpointError, RecipeError, MonitoringError):
@@ -157,6 +160,8 @@ def resume(
         return None
     with world.together(CheckpointError, DataError):
         state, tensors = open_state(start.checkpoint)
+        if not start.of_another_run:
+            _check_recipe(recipe, state, start.checkpoint)
         if not is_of(state["base"], base):
             raise CheckpointError(
                 f"{start.checkpoint}: belongs to other base weights than {recipe.model.path} holds now; put them back,"
@@ -183,4 +188,14 @@ def _check_same_parameters(checkpoint: Path, tensors: TensorStore, engine: Exper
     if others:
         raise CheckpointError(
             f"{checkpoint}: holds {listed(others)}, which do not train here; use the recipe of the run it comes from"
+        )
+
+
+def _check_recipe(recipe: Recipe, state: Mapping[str, Any], folder: Path) -> None:
+    stored = recipe_in(state, folder)  # None in an earlier version: recipe.yaml was compared before the start
+    changed = changed_keys(recorded(recipe).model_dump(mode="json"), stored, FREE) if stored else {}
+    if changed:
+        raise CheckpointError(
+            f"{folder}: belongs to a run of another recipe ({listed_changes(changed)}); undo the change, or start a new"
+            " run under another name"
         )

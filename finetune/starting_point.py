@@ -8,10 +8,11 @@ from pathlib import Path
 
 from finetune.checkpoint.folder import sync
 from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.manifest import MANIFEST, STEP, step_of
 from finetune.checkpoint.resume import chosen_checkpoint, newest_checkpoint
-from finetune.checkpoint.writer import MANIFEST, STEP, step_of
 from finetune.recipe import Recipe, resolve
-from finetune.run_folder import done_resume_from, flatten, is_own_checkpoint, mark_resume_from, recipe_of
+from finetune.run_folder import done_resume_from, is_own_checkpoint, mark_resume_from, recipe_of
+from finetune.run_recipe import flatten
 from monitoring.metrics import MetricsFile
 
 # What makes the state of another run mean the same in this one.
@@ -120,7 +121,7 @@ def _run_and_checkpoint(asked: str) -> tuple[Path, str]:
             " another run or of one of its checkpoints"
         )
     run, which = (path.parent.parent, path.name) if (path / MANIFEST).exists() else (path, "newest")
-    if not (run / "checkpoints").is_dir() or not (run / "recipe.yaml").exists():
+    if not (run / "checkpoints").is_dir():
         raise CheckpointError(f"checkpoint.resume_from: {asked}: neither the folder of a run nor of a run's checkpoint")
     return run, which
 

@@ -20,11 +20,13 @@ from finetune.early_stopping import EarlyStopping
 from finetune.epochs import with_steps
 from finetune.evaluation import held_out, to_device
 from finetune.journal import Journal
+from finetune.lora import adapter_scale
 from finetune.optim import learning_rate
 from finetune.parallel.world import RankError, World, set_timeouts
 from finetune.recipe import Recipe, RecipeError
 from finetune.reports import Reports, is_due
 from finetune.run_folder import claim, early_stopping_of, mark_finished, mark_stopped
+from finetune.run_recipe import recipe_state
 from finetune.saving import Saved, Saving, resume
 from finetune.step import optimize, seed_step, step_seed
 from finetune.watch import Watch
@@ -52,7 +54,7 @@ class Run:
         with world.together(RecipeError):  # only now: a mistake found before leaves no folder behind
             self.claimed = claim(folder, recipe) if world.is_main else None
         self.engine, self.model, self.loader = parts.engine, parts.model, parts.loader
-        self.evaluation = parts.evaluation
+        self.evaluation, self.data = parts.evaluation, parts.data
         self.reports = Reports(self.recipe, world, self.model, parts.probe)
         self.health = Health()
         self.best: dict[str, float] | None = None  # step and loss of the lowest held-out loss so far
@@ -248,6 +250,9 @@ class Run:
         if self.world.is_main:
             tensors["windows"] = windows
         state = {
+            **recipe_state(self.recipe),
+            "adapter": adapter_scale(self.model),
+            "data": self.data,
             "base": self.base,
             "loader": self.loader.state(),
             "best": self.best,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from finetune.checkpoint.fingerprint import fingerprint
 from finetune.recipe import load_recipe
 from finetune.run_folder import claim
+from finetune.run_recipe import recipe_state
 from monitoring.metrics import read_metrics
 from tests.checkpoints import write_checkpoint
 from tests.configs import tiny_config
@@ -173,9 +174,13 @@ def write_base(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def run_with_checkpoint(here: Place, name: str) -> Path:
-    """A run folder with a checkpoint of one adapted module, as training leaves it."""
-    recipe = load_recipe(ROOT / "recipes/tiny.yaml", here.settings(name=name)[1::2])
+def run_with_checkpoint(here: Place, name: str, *, recipe_in_state: bool = True, **changes: Any) -> Path:
+    """A run folder with a checkpoint of one adapted module, as training leaves it.
+
+    Args:
+        recipe_in_state: False leaves a checkpoint as earlier versions wrote it, without the recipe.
+    """
+    recipe = load_recipe(ROOT / "recipes/tiny.yaml", here.settings(name=name, **changes)[1::2])
     claim(here.run_folder(name), recipe).release()
     module = "model.layers.3.self_attn.q_proj"
     rows, columns = load_file(here.folder / "base/model.safetensors")[f"{module}.weight"].shape
@@ -184,7 +189,7 @@ def run_with_checkpoint(here: Place, name: str) -> Path:
         here.run_folder(name) / "checkpoints",
         1,
         tensors={f"{module}.lora_{factor}.default.weight::fp32": value for factor, value in factors.items()},
-        state={"step": 1, "base": fingerprint(here.folder / "base")},
+        state={"base": fingerprint(here.folder / "base"), **(recipe_state(recipe) if recipe_in_state else {})},
     )
     return here.run_folder(name)
 

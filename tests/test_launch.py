@@ -36,7 +36,8 @@ case "$name $*" in
   "python -P -m finetune finished"*)
     [[ ! -e $RUN/finished ]] || {{ echo "$RUN"; exit 0; }}
     [[ -e $RUN/stopped.json ]] && {{ echo "$RUN"; exit 3; }} || exit 1 ;;
-  "python -P -m finetune export"*) mkdir -p "$RUN/merged" ;;
+  "python -P -m finetune export"*) mkdir -p "$RUN/merged-by-launch"
+    touch "$RUN/merged-by-launch/nextune-export.json" ;;
   deepspeed*)
     echo "env OMP=$OMP_NUM_THREADS DS=${{DS_ACCELERATOR:-}}" >>"$CALLS"
     case ${{TRAINING:-}} in
@@ -262,16 +263,16 @@ def test_main_job_plans_trains_exports_and_sums_up(checkout: Checkout) -> None:
         f"deepspeed --log_level critical --num_gpus 2 --master_port N ROOT/finetune/train.py {job}",
         f"env OMP={max(1, len(os.sched_getaffinity(0)) // 2)} DS=cpu",
         f"python -P -m finetune finished {job}",
-        "python -P -m finetune export RUN --to RUN/merged --format merged",
-        "python -P -m finetune summary RUN --model RUN/merged",
+        "python -P -m finetune export RUN --to RUN/merged-by-launch --format merged --written-by launch.sh",
+        "python -P -m finetune summary RUN --model RUN/merged-by-launch",
     ]
 
 
-def test_complete_job_is_only_summed_up(checkout: Checkout) -> None:
+def test_complete_job_is_not_trained_again(checkout: Checkout) -> None:
     checkout.launch()
     done = checkout.launch()
     assert done.returncode == 0
-    assert [call.split()[4] for call in checkout.calls()] == ["ranks", "finished", "summary"]
+    assert [call.split()[4] for call in checkout.calls()] == ["ranks", "finished", "export", "summary"]
     assert "complete already" in done.stdout
 
 

@@ -4,13 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from finetune import cli
-from finetune.checkpoint.layout import CheckpointError
-from finetune.recipe import RecipeError, load_recipe
-from finetune.results import export_run, print_summary, recipe_of
+from finetune.recipe import RecipeError
+from finetune.results import print_summary
+from finetune.run_folder import recipe_of
 from monitoring.metrics import MetricsFile
 from monitoring.routing import RoutingSnapshot, snapshot_path, write_snapshot
 from tests.commands import Place, place, run_with_checkpoint
@@ -46,6 +44,7 @@ def summary(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_the_recipe_of_a_run_is_read_even_where_its_data_is_gone(here: Place, folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")  # whose recipe would count
     stored = folder / "recipe.yaml"
     stored.write_text(stored.read_text().replace(str(here.folder / "train.jsonl"), "/nowhere/train.jsonl"))
     assert recipe_of(folder).data.train[0].path == "/nowhere/train.jsonl"
@@ -54,55 +53,6 @@ def test_the_recipe_of_a_run_is_read_even_where_its_data_is_gone(here: Place, fo
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="not the folder of a run"):
         recipe_of(tmp_path)
-
-
-def test_merged_export_adds_exactly_what_was_trained(here: Place, folder: Path, tmp_path: Path) -> None:
-    assert export_run(folder, tmp_path / "merged", kind="merged") == 0
-    base, merged = (load_file(path / "model.safetensors") for path in (here.folder / "base", tmp_path / "merged"))
-    recipe = load_recipe(folder / "recipe.yaml")
-    assert recipe.lora is not None
-    for name, tensor in base.items():
-        if name == "model.layers.3.self_attn.q_proj.weight":
-            tensor = tensor + recipe.lora.alpha  # alpha / rank x ones @ ones over rank: alpha everywhere
-        assert torch.equal(merged[name], tensor), name
-
-
-def test_a_run_on_other_base_weights_is_not_merged_into_these(here: Place, folder: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(here.folder / "base", tmp_path / "base"))
-    tensors = load_file(other / "model.safetensors")
-    tensors["model.norm.weight"] += 1
-    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    stored = folder / "recipe.yaml"
-    stored.write_text(stored.read_text().replace(str(here.folder / "base"), str(other)))
-    for kind in ("merged", "adapter"):
-        with pytest.raises(CheckpointError, match="was trained on other base weights than"):
-            export_run(folder, tmp_path / "out", kind=kind)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("which", "expected"),
-    [
-        ("missing", "not the folder of a run (it holds no recipe.yaml)"),
-        ("empty", "holds no whole checkpoint to export; train it first"),
-        ("damaged", "holds no whole checkpoint to export; train it first"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["merged", "adapter"])
-def test_what_cannot_be_exported_is_refused_in_a_sentence(
-    folder: Path, tmp_path: Path, which: str, expected: str, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if which == "missing":
-        folder = tmp_path / "nowhere"
-    elif which == "empty":
-        shutil.rmtree(folder / "checkpoints")
-    else:
-        (folder / "checkpoints/step-1/part-00000.safetensors").write_bytes(b"cut short")
-    assert cli.main(["export", str(folder), "--to", str(tmp_path / "out"), "--format", kind]) == 2
-    captured = capsys.readouterr()
-    assert captured.err == f"nextune: {folder}: {expected}\n"
-    assert ("step-1: passed over, part-00000.safetensors is 9 bytes" in captured.out) == (which == "damaged")
-    assert not (tmp_path / "out").exists()
 
 
 def test_summary_tells_the_change_with_its_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,9 +138,11 @@ def test_summary_counts_findings_and_says_where_everything_lies(
     assert not [line for line in lines if "W&B" in line or "merged" in line]
     (folder / "wandb/offline-run-1").mkdir(parents=True)
     (folder / "merged").mkdir()
+    (folder / "merged-by-launch").mkdir()
     out = "\n".join(summary(folder, capsys))
     assert f"offline; see it with: wandb sync {folder}/wandb/offline-run-*" in out
     assert f"  merged model   {folder}/merged\n" in out
+    assert f"  merged model   {folder}/merged-by-launch\n" in out
 
 
 def test_summary_of_a_run_that_never_started_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from finetune.run_folder import (
     mark_finished,
 )
 from finetune.run_place import hold
+from finetune.run_recipe import recorded
 from monitoring.files import replace_file
 from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT
@@ -50,7 +51,7 @@ def test_a_claimed_folder_holds_the_whole_recipe_and_checking_makes_nothing(tmp_
     check_folder(folder, recipe)
     assert not folder.parent.exists()
     claim(folder, recipe).release()
-    assert load_recipe(folder / "recipe.yaml") == recipe
+    assert load_recipe(folder / "recipe.yaml") == recorded(recipe)
     assert {path.name for path in folder.iterdir()} == {"recipe.yaml", ".lock"}
 
 

@@ -9,11 +9,12 @@ Source: the released Qwen3-Next repositories; `conversion_mapping.py` ("qwen3_ne
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.model.config import ModelConfig
+
+if TYPE_CHECKING:  # a run folder is read without torch
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -35,7 +36,7 @@ class Slot(NamedTuple):
         """Whether the stored tensor holds all routed experts of a layer."""
         return self.expert is None and is_expert_parameter(self.parameter)
 
-    def of(self, parameter: Tensor, first_expert: int = 0) -> Tensor:
+    def of(self, parameter: "Tensor", first_expert: int = 0) -> "Tensor":
         """View of the part of `parameter` that the stored tensor fills.
 
         Args:

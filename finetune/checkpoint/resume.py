@@ -4,7 +4,6 @@ Tensors are found by name, whichever rank wrote them, so a run may go on with an
 trainer's (`PARAMETER::KIND`, for routed experts `PARAMETER::KIND::EXPERT`). `writer.py` says how they are written.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.manifest import MANIFEST, STEP, read_manifest, step_of
 from finetune.checkpoint.part_file import hash_of
 from finetune.checkpoint.shards import listed, read_header
-from finetune.checkpoint.writer import LEFTOVER, MANIFEST, STEP, hash_of_values, step_of
+from finetune.checkpoint.writer import LEFTOVER
 from monitoring.files import MonitoringError
 from monitoring.metrics import read_metrics
 
@@ -150,7 +150,7 @@ def chosen_checkpoint(
 
 def _best(newest: Path, root: Path, say: Callable[[str], None]) -> str:
     """Name of the checkpoint with the lowest held-out loss, as the newest one knows it."""
-    best = _read_manifest(newest)["state"].get("best")
+    best = read_manifest(newest)["state"].get("best")
     if best is None:
         raise CheckpointError(
             f"{root.parent}: has no best checkpoint, since no held-out loss was measured; that needs data.eval in its"
@@ -200,7 +200,7 @@ def open_state(folder: Path) -> tuple[dict[str, Any], TensorStore]:
     Raises:
         CheckpointError: the manifest or a file is missing, changed or cut short.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     files = [part["file"] for part in manifest["parts"]]
     for file in files:
         read_header(folder / file)
@@ -210,7 +210,7 @@ def open_state(folder: Path) -> tuple[dict[str, Any], TensorStore]:
 def _fault(folder: Path, progress: Callable[[], None] = lambda: None) -> str | None:
     """What is wrong with a checkpoint, or None: every file is there and has the hash that was recorded."""
     try:
-        return _fault_of_parts(folder, _read_manifest(folder)["parts"], progress)
+        return _fault_of_parts(folder, read_manifest(folder)["parts"], progress)
     except CheckpointError as error:
         return str(error)
     except OSError as error:  # a disk that gives up while one of the files is hashed
@@ -230,22 +230,3 @@ def _fault_of_parts(folder: Path, parts: list[dict[str, Any]], progress: Callabl
                 f" {part['sha256'][:12]}...)"
             )
     return None
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        recorded = manifest.pop("sha256")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; this is not a checkpoint of a run") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); check the file and its disk") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{path}: not a manifest of a checkpoint; it was changed or cut short") from None
-    if recorded != hash_of_values(manifest):
-        raise CheckpointError(
-            f"{path}: was changed after it was written (it names its own sha256 {str(recorded)[:12]}..., its values"
-            f" have {hash_of_values(manifest)[:12]}...)"
-        )
-    return manifest

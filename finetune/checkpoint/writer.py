@@ -8,7 +8,6 @@ checkpoints before and at most one such folder, which the next write removes; it
 that is still writing out of the next one's way.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -26,11 +25,10 @@ from torch import Tensor
 
 from finetune.checkpoint.folder import sync, write_json
 from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.manifest import MANIFEST, STEP, hash_of_values, step_of
 from finetune.checkpoint.part_file import write_part
 from finetune.checkpoint.shards import listed, read_header
 
-MANIFEST = "manifest.json"
-STEP = re.compile(r"step-(\d+)")
 LEFTOVER = re.compile(r"step-\d+\.(\w+\.)?tmp")
 
 SECONDS_BETWEEN_LOOKS = 0.02  # at the disk, for what another rank writes
@@ -243,14 +241,3 @@ def _clear(root: Path) -> None:
     for path in root.glob("step-*.tmp"):
         if LEFTOVER.fullmatch(path.name):  # one that a rank of a killed run still writes into goes the next time
             shutil.rmtree(path, ignore_errors=True)
-
-
-def step_of(folder: Path) -> int:
-    """N of `step-N`, and of what is left of one that was being written or deleted; -1 for any other name."""
-    found = STEP.match(folder.name)
-    return int(found[1]) if found else -1
-
-
-def hash_of_values(manifest: dict[str, Any]) -> str:
-    """The sha256 of a manifest's values, however they are written down."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,61 @@
+"""A checkpoint's manifest: what it holds, with a hash over all of it. Imports no torch."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from finetune.checkpoint.layout import CheckpointError
+
+MANIFEST = "manifest.json"
+STEP = re.compile(r"step-(\d+)")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The values of a checkpoint's manifest, without their hash.
+
+    Raises:
+        CheckpointError: no manifest, or one that was changed after it was written.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        recorded = manifest.pop("sha256")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; this is not a checkpoint of a run") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); check the file and its disk") from error
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{path}: not a manifest of a checkpoint; it was changed or cut short") from None
+    if recorded != hash_of_values(manifest):
+        raise CheckpointError(
+            f"{path}: was changed after it was written (it names its own sha256 {str(recorded)[:12]}..., its values"
+            f" have {hash_of_values(manifest)[:12]}...)"
+        )
+    return manifest
+
+
+def newest_manifest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint below `root` whose manifest is whole, and that manifest; the other files are not read."""
+    try:
+        folders = sorted((path for path in root.iterdir() if STEP.fullmatch(path.name)), key=step_of, reverse=True)
+    except OSError:
+        return None
+    for folder in folders:
+        try:
+            return folder, read_manifest(folder)
+        except CheckpointError:
+            continue  # whoever reads the checkpoint says what is wrong with it
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """N of `step-N`, and of what is left of one that was being written or deleted; -1 for any other name."""
+    found = STEP.match(folder.name)
+    return int(found[1]) if found else -1
+
+
+def hash_of_values(manifest: dict[str, Any]) -> str:
+    """The sha256 of a manifest's values, however they are written down."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
