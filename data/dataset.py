@@ -1,70 +1,72 @@
 """Tokenised data on disk: made once from the sources, opened by every rank, never changed.
 
 A folder is named after everything that decides its content (bytes of the files, tokenizer, template, settings), so a
-second run opens it and a changed source makes another. It appears whole: built beside, flushed, renamed.
+second run opens it and a changed source makes another. It appears whole: built beside, flushed, renamed. Each start
+compares it with its manifest before it is trained on.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from array import array
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import chain
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from filelock import FileLock
-from numpy.typing import NDArray
+from filelock import FileLock, Timeout
 
-from data.chat import ChatTemplate, Document, encode, pieces_of
-from data.formats import Content, Conversation, Text, read_contents, size_of
-from data.packing import Batch, best_fit, collate, split_long, supervised_tokens
-from data.sources import BadRows, DataError, RowError, Source, source_files
+from data.build import CODE_VERSION, Job, Settings, build
+from data.cache import OFFSETS, PACK_DOCUMENTS, PACK_OFFSETS, TOKENS, TRAINED, check_files, put_aside, read_manifest
+from data.chat import Document
+from data.files import FaultError, sha256_of
+from data.packing import Batch, collate
+from data.sources import DataError, Source, source_files
 from data.tokenizer import Tokenizer
 
-# Part of every folder's name: raise it when a change makes other tokens, masks or packs from the same data.
-CODE_VERSION = 1
-ROWS_AT_ONCE = 256
-CHARACTERS_AT_ONCE = 4 << 20
-REPORT_EVERY_ROWS = 50_000
-OVER_LONG = "over-long"
+SECONDS_BETWEEN_LOOKS = 1.0  # at what another process makes
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What of the recipe decides the tokens and the packs."""
+class Known(NamedTuple):
+    """Which data it is: enough to open it without reading its sources."""
 
-    sequence_tokens: int
-    packing: Literal["packed", "padded"]
-    on_bad_row: Literal["stop", "skip"]
-    over_long: Literal["drop", "stop"]
+    key: str  # name of its folder
+    sha256: str
 
 
 class Dataset:
     """Packs of tokenised documents, memory-mapped. `len` is the number of packs."""
 
     def __init__(self, folder: Path) -> None:
+        """Open a folder that `prepare` of some process has made or checked.
+
+        Raises:
+            DataError: it has been changed since.
+        """
         self.folder = folder
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            self._tokens = np.memmap(folder / "tokens.bin", np.dtype(self.manifest["token_type"]), "r")
-            self._trained = np.memmap(folder / "trained.bin", np.bool_, "r")
-            self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-            self._pack_documents = np.load(folder / "pack_documents.npy", mmap_mode="r")
-            self._pack_offsets = np.load(folder / "pack_offsets.npy", mmap_mode="r")
+            self.manifest: dict[str, Any] = read_manifest(folder)
+            self._tokens = np.memmap(folder / TOKENS, np.dtype(self.manifest["token_type"]), "r")
+            self._trained = np.memmap(folder / TRAINED, np.bool_, "r")
+            self._offsets = np.load(folder / OFFSETS, mmap_mode="r")
+            self._pack_documents = np.load(folder / PACK_DOCUMENTS, mmap_mode="r")
+            self._pack_offsets = np.load(folder / PACK_OFFSETS, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise DataError(f"{folder}: damaged ({error}); delete the folder and it is made again") from None
-        if not len(self._tokens) == len(self._trained) == self._offsets[-1] == self.manifest["tokens"]:
-            raise DataError(f"{folder}: damaged (tokens are missing); delete the folder and it is made again")
+            raise DataError(
+                f"{folder}: changed while it was opened ({error}); the same command makes it again"
+            ) from None
         self.sequence_tokens: int = self.manifest["sequence_tokens"]
         self.sha256: str = self.manifest["sha256"]
         self._pad_id: int = self.manifest["pad_id"]
 
     def __len__(self) -> int:
         return len(self._pack_offsets) - 1
+
+    @property
+    def known(self) -> Known:
+        """By what another rank finds this data."""
+        return Known(self.folder.name, self.sha256)
 
     def documents(self, pack: int) -> list[Document]:
         """The documents of one pack, in their order."""
@@ -88,196 +90,162 @@ def prepare(
     on_bad_row: Literal["stop", "skip"],
     over_long: Literal["drop", "stop"],
     cache: Path,
+    known: Known | None = None,
     report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """The data of `sources`, tokenised and packed below `cache`. Call it on every rank: one builds, the others wait.
+    """The data of `sources`, tokenised and packed below `cache`: checked if it is there, else made.
+
+    Reads every byte of the sources, or of the folder, so one process of a host does it and the others open what it
+    found. Of several that call it at once, one builds and the others wait. A build that was killed is gone on with.
 
     Text is split at `sequence_tokens`; what has turns or a prompt is never cut, so `over_long` decides about it.
 
+    Args:
+        known: which data another host has found; its sources are read here only if they must be tokenised here.
+        report: is told what is done, a line each.
+        progress: called whenever a part of the work is done.
+
     Raises:
-        DataError: a source cannot be read, holds bad rows that stop the run, or leaves nothing to train on.
+        DataError: a source cannot be read, holds bad rows that stop the run, or leaves nothing to train on; or it is
+            not the `known` data.
     """
     settings = Settings(sequence_tokens, packing, on_bad_row, over_long)
-    folder = cache / _content_key(sources, tokenizer, settings)
+    content: _Content | None = None
+    if known:
+        key = known.key
+    else:
+        content = _content(sources, tokenizer, settings, progress)
+        key = content.key
+    job = Job(cache / key, sources, tokenizer, settings, report, progress)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        if not (folder / "manifest.json").is_file():
-            with FileLock(cache / f"{folder.name}.lock"):
-                if not (folder / "manifest.json").is_file():
-                    _build(folder, sources, tokenizer, settings, report)
+        if _fault_of(job.folder, progress) is not None:
+            with _locked(job):
+                _make(job, content)
     except OSError as error:
-        raise DataError(f"{cache}: cannot keep tokenised data ({error.strerror or error}); set data.cache") from None
-    return Dataset(folder)
+        reason = error.strerror or error
+        raise DataError(
+            f"{cache}: cannot keep tokenised data ({reason}); free space there, or set data.cache to another folder"
+        ) from None
+    dataset = Dataset(job.folder)
+    if known and dataset.known != known:
+        raise DataError(_differs(sources))
+    return dataset
 
 
-def _build(
-    folder: Path,
-    sources: Sequence[Source],
-    tokenizer: Tokenizer,
-    settings: Settings,
-    report: Callable[[str], None],
-) -> None:
-    building = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)  # what a killed build left behind; the lock is ours
-    building.mkdir()
-    token_type = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    bad_rows = BadRows(settings.on_bad_row)
-    try:
-        rows = _documents(sources, tokenizer, settings, bad_rows)
-        lengths, counts = _write_documents(building, rows, token_type, report)
-        bad_rows.stop_if_any()
-        if not counts["rows"]:
-            raise DataError(_nothing_left(sources, bad_rows))
-        packs = _write_packs(building, lengths, settings)
-        tokens = int(lengths.sum())
-        manifest = {
-            "code_version": CODE_VERSION,
-            **asdict(settings),
-            "pad_id": tokenizer.pad_id,
-            "token_type": np.dtype(token_type).name,
-            **counts,
-            "documents": len(lengths),
-            "packs": packs,
-            "tokens": tokens,
-            "fill": tokens / (packs * settings.sequence_tokens),
-            "dropped": dict(bad_rows.counts),
-            "sources": [source.path for source in sources],
-            "sha256": _sha256_of_files(sorted(building.iterdir())),
-        }
-        with (building / "manifest.json").open("wb") as file:
-            file.write(json.dumps(manifest, indent=2).encode() + b"\n")
-            _flush(file)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _write_documents(
-    building: Path, rows: Iterable[list[Document]], token_type: type[np.unsignedinteger], report: Callable[[str], None]
-) -> tuple[NDArray[np.int64], dict[str, int]]:
-    """Writes the tokens and the mask; the length of every document, and what was counted on the way."""
-    counts = {"rows": 0, "supervised_tokens": 0, "split_rows": 0}
-    lengths = array("q")
-    with (building / "tokens.bin").open("wb") as tokens, (building / "trained.bin").open("wb") as trained:
-        for documents in rows:
-            counts["rows"] += 1
-            counts["split_rows"] += len(documents) > 1
-            if counts["rows"] % REPORT_EVERY_ROWS == 0:
-                report(f"tokenised {counts['rows']:,} rows")
-            for document in documents:
-                tokens.write(document.ids.astype(token_type).tobytes())
-                trained.write(document.trained.tobytes())
-                lengths.append(len(document.ids))
-                counts["supervised_tokens"] += supervised_tokens(document)
-        _flush(tokens)
-        _flush(trained)
-    return np.array(lengths, np.int64), counts
-
-
-def _write_packs(building: Path, lengths: NDArray[np.int64], settings: Settings) -> int:
-    """Writes where documents begin and which documents each pack holds; the number of packs."""
-    if settings.packing == "packed":
-        packs = best_fit(lengths, settings.sequence_tokens)
-    else:
-        packs = [[index] for index in range(len(lengths))]
-    _save(building / "offsets.npy", np.cumsum([0, *lengths]))
-    _save(building / "pack_documents.npy", np.fromiter(chain.from_iterable(packs), np.int64, len(lengths)))
-    _save(building / "pack_offsets.npy", np.cumsum([0, *map(len, packs)]))
-    return len(packs)
-
-
-def _documents(
-    sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, bad_rows: BadRows
-) -> Iterator[list[Document]]:
-    """The documents that each usable row becomes, tokenised in groups of rows."""
-    template: ChatTemplate | None = None
-    for group in _groups(read_contents(sources, bad_rows)):
-        if template is None and any(isinstance(content, Conversation) for _, content in group):
-            template = ChatTemplate(tokenizer)
-        rendered = []
-        for (place, content), pieces in zip(
-            group, pieces_of([row[1] for row in group], tokenizer, template), strict=True
-        ):
-            if isinstance(pieces, RowError):
-                bad_rows.add(pieces.at(place))
-            else:
-                rendered.append((place, content, pieces))
-        if bad_rows.stopping:
-            continue
-        for (place, content, _), document in zip(
-            rendered, encode([row[2] for row in rendered], tokenizer), strict=True
-        ):
-            try:
-                documents = _fit(content, document, settings)
-            except RowError as error:
-                stops = settings.over_long == "stop" if error.reason == OVER_LONG else None
-                bad_rows.add(error.at(place), stops=stops)
-            else:
-                yield documents
-
-
-def _groups(rows: Iterable[tuple[str, Content]]) -> Iterator[list[tuple[str, Content]]]:
-    """Rows that are rendered and tokenised together; a long one is by itself."""
-    group: list[tuple[str, Content]] = []
-    characters = 0
-    for row in rows:
-        size = size_of(row[1])
-        if group and (len(group) == ROWS_AT_ONCE or characters + size > CHARACTERS_AT_ONCE):
-            yield group
-            group, characters = [], 0
-        group.append(row)
-        characters += size
-    if group:
-        yield group
-
-
-def _fit(content: Content, document: Document, settings: Settings) -> list[Document]:
-    """The documents of at most `sequence_tokens` that a row becomes.
+def open_known(cache: Path, known: Known) -> Dataset:
+    """The data that another process of this host has made or checked.
 
     Raises:
-        RowError: it is too long and may not be cut, or nothing in it is trained.
+        DataError: it is not there any more.
     """
-    if not supervised_tokens(document):
-        raise RowError("no trainable token", "no token to learn from")
-    if isinstance(content, Text):
-        return split_long(document, settings.sequence_tokens)
-    if len(document.ids) > settings.sequence_tokens:
-        limit = f"train.sequence_tokens = {settings.sequence_tokens:,}"
-        raise RowError(
-            OVER_LONG, f"{len(document.ids):,} tokens, more than {limit}; raise it or set data.over_long: drop"
+    dataset = Dataset(cache / known.key)
+    if dataset.known != known:
+        raise DataError(f"{dataset.folder}: changed while it was opened; the same command makes it again")
+    return dataset
+
+
+def _fault_of(folder: Path, progress: Callable[[], None]) -> str | None:
+    """What is wrong with the data in a folder: nothing (None), it is not there (""), or a sentence."""
+    if not (folder.exists() or folder.is_symlink()):
+        return ""
+    try:
+        check_files(folder, read_manifest(folder), progress)
+    except FaultError as fault:
+        return str(fault)
+    return None
+
+
+def _make(job: Job, content: "_Content | None") -> None:
+    """Make the data, unless another process has done so; what is there in its place is put aside."""
+    fault = _fault_of(job.folder, job.progress)
+    if fault is None:
+        return
+    if fault:
+        aside = put_aside(job.folder)
+        job.report(
+            f"{fault}; it is not trained on but made again"
+            + (f" (what was there is {aside} now, since not all of it is ours)" if aside else "")
         )
-    return [document]
+    content = content or _content(job.sources, job.tokenizer, job.settings, job.progress)
+    if content.key != job.folder.name:
+        raise DataError(_differs(job.sources))
+    build(job)
+    if content.states != _states(job.sources):
+        put_aside(job.folder)
+        raise DataError(
+            f"{', '.join(source.path for source in job.sources)}: a file was changed while it was read; give the"
+            " command again when the data stays as it is"
+        )
 
 
-def _nothing_left(sources: Sequence[Source], bad_rows: BadRows) -> str:
-    reasons = ", ".join(f"{reason}: {count:,}" for reason, count in bad_rows.counts.most_common()) or "there are none"
-    return f"{', '.join(source.path for source in sources)}: no rows left to train on ({reasons})"
-
-
-def _content_key(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings) -> str:
-    """A hash of everything that decides the tokens. Reads every byte of the sources; their folders do not count."""
-    files = [[source.format, [[p.name, _sha256_of_files([p])] for p in source_files(source)]] for source in sources]
-    identity = [CODE_VERSION, files, tokenizer.fingerprint, asdict(settings)]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _sha256_of_files(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
+@contextmanager
+def _locked(job: Job) -> Iterator[None]:
+    """Be the one process that makes this data; while another one does and gets on, that is progress here too."""
+    lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"))
+    building, seen, is_told = job.folder.with_name(f"{job.folder.name}.tmp"), 0, False
+    while not lock.is_locked:
         try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            lock.acquire(timeout=SECONDS_BETWEEN_LOOKS)
+        except Timeout:
+            if not is_told:
+                job.report(f"waiting for another process that is making {job.folder}")
+                is_told = True
+            made = sum(path.stat().st_size for path in building.glob("*.*") if path.is_file())
+            if made != seen:
+                seen = made
+                job.progress()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Content(NamedTuple):
+    """What decides the tokens: all of it as a hash, and the state of each file when it was read."""
+
+    key: str
+    states: list[tuple[str, int, int]]
+
+
+def _content(
+    sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, progress: Callable[[], None]
+) -> _Content:
+    """Reads every byte of the sources; the folders that they are in do not count."""
+    states = _states(sources)
+    files = [[source.format, [[p.name, _hash_of(p, progress)] for p in source_files(source)]] for source in sources]
+    identity = [CODE_VERSION, files, tokenizer.fingerprint, asdict(settings)]
+    return _Content(hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32], states)
+
+
+def _states(sources: Sequence[Source]) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every file of the sources."""
+    found = []
+    for path in (path for source in sources for path in source_files(source)):
+        try:
+            state = path.stat()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    return digest.hexdigest()
+            raise _unreadable(path, error) from None
+        found.append((str(path), state.st_size, state.st_mtime_ns))
+    return found
 
 
-def _save(path: Path, values: NDArray[np.int64]) -> None:
-    with path.open("wb") as file:
-        np.save(file, values)
-        _flush(file)
+def _hash_of(path: Path, progress: Callable[[], None]) -> str:
+    """The hash of a file in the form that names of folders and checkpoints have always been made of."""
+    try:
+        return hashlib.sha256(bytes.fromhex(sha256_of(path, progress))).hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror or error})")
+
+
+def _differs(sources: Sequence[Source]) -> str:
+    host = socket.gethostname()
+    return (
+        f"{', '.join(source.path for source in sources)}: the data on {host} differs from that of rank 0; every host"
+        " needs the same, from a shared disk or as an exact copy"
+    )

@@ -1,7 +1,7 @@
 """The columns of a row, in any format in use, as what training needs: a conversation, a completion or a text."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -69,8 +69,14 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def read_contents(sources: Iterable[Source], bad_rows: BadRows) -> Iterator[tuple[str, Content]]:
+def read_contents(
+    sources: Iterable[Source], bad_rows: BadRows, *, skip: int = 0, progress: Callable[[], None] = lambda: None
+) -> Iterator[tuple[str, Content]]:
     """The rows of all sources with their places; those that cannot be used go to `bad_rows`.
+
+    Args:
+        skip: this many rows, usable or not, are read but passed over.
+        progress: called for every row.
 
     Raises:
         DataError: a source or a file cannot be read, or there were bad rows and the policy is to stop.
@@ -78,7 +84,10 @@ def read_contents(sources: Iterable[Source], bad_rows: BadRows) -> Iterator[tupl
     for source in sources:
         for path in source_files(source):
             for row in read_rows(path):
+                progress()
                 bad_rows.looked_at_a_row()
+                if bad_rows.rows_seen <= skip:
+                    continue
                 if isinstance(row, RowError):
                     bad_rows.add(row)
                     continue

@@ -1,6 +1,7 @@
 """Which packs come when: a pure function of (seed, epoch, position), the same for every number of ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,12 +87,28 @@ class Loader:
         return np.concatenate(taken)
 
 
-def evaluation_batches(dataset: Dataset, *, packs_per_micro_batch: int, rank: int, ranks: int) -> list[Batch]:
-    """The rank's share of all packs once, in order: equally many batches on every rank, the last ones padded."""
-    shape = (-1, ranks, packs_per_micro_batch)
-    per_round = ranks * packs_per_micro_batch
-    packs = np.arange(-(-len(dataset) // per_round) * per_round).reshape(shape)[:, rank]
-    return [dataset.batch(row[row < len(dataset)], at_least=packs_per_micro_batch) for row in packs]
+class EvaluationBatches(Sequence[Batch]):
+    """The rank's share of all packs once, in order: equally many batches on every rank, the last ones padded.
+
+    Micro-batches are dealt over the ranks one by one. Each is read from the data when it is asked for.
+    """
+
+    def __init__(self, dataset: Dataset, *, packs_per_micro_batch: int, rank: int, ranks: int) -> None:
+        self._dataset, self._packs, self._rank, self._ranks = dataset, packs_per_micro_batch, rank, ranks
+
+    def __len__(self) -> int:
+        return -(-len(self._dataset) // (self._ranks * self._packs))
+
+    @overload
+    def __getitem__(self, place: int) -> Batch: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, place: int | slice) -> Batch | Sequence[Batch]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(len(self))[place]]
+        first = (range(len(self))[place] * self._ranks + self._rank) * self._packs
+        packs = range(first, min(first + self._packs, len(self._dataset)))
+        return self._dataset.batch(packs, at_least=self._packs)
 
 
 def probe_batch(dataset: Dataset, *, packs: int, seed: int) -> Batch:

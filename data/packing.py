@@ -1,7 +1,7 @@
 """Documents laid into packs of one fixed length, and packs stacked into the batch that the model reads."""
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,15 +27,21 @@ class Batch(NamedTuple):
     segment_ids: Tensor
 
 
-def best_fit(lengths: Sequence[int] | NDArray[np.int64], capacity: int) -> list[list[int]]:
+def best_fit(
+    lengths: Sequence[int] | NDArray[np.int64], capacity: int, progress: Callable[[], None] = lambda: None
+) -> list[list[int]]:
     """Best fit decreasing: the documents of each pack, by index. Every document goes where it leaves least free.
 
     Longest first, equal lengths in their order; of equally good packs the youngest. O(n log capacity).
+
+    Args:
+        progress: called for every document.
     """
     packs: list[list[int]] = []
     by_free: dict[int, list[int]] = {}  # free tokens -> packs that have so many, oldest first
     free_sizes: list[int] = []  # the keys of by_free, ascending
     for index in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
+        progress()
         length = int(lengths[index])
         assert 0 < length <= capacity, f"document {index} has {length} tokens and a pack {capacity}"
         slot = bisect_left(free_sizes, length)

@@ -68,6 +68,7 @@ class BadRows:
         self._policy = policy
         self._fatal: list[str] = []
         self._rows_since = 0
+        self.rows_seen = 0  # of the sources, usable or not
 
     @property
     def stopping(self) -> bool:
@@ -87,7 +88,8 @@ class BadRows:
             self.stop_if_any()
 
     def looked_at_a_row(self) -> None:
-        """Ends the search for further mistakes once it has been long enough."""
+        """Counts a row of the sources, and ends the search for further mistakes once it has been long enough."""
+        self.rows_seen += 1
         self._rows_since += self.stopping
         if self._rows_since > LOOK_AHEAD_ROWS:
             self.stop_if_any()

@@ -7,12 +7,13 @@ collective (`World.together`), so that a mistake is a sentence and not a hang.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import init_empty_weights
 
-from data.dataset import Dataset, prepare
-from data.loader import Loader, evaluation_batches, probe_batch
+from data.dataset import Dataset, Known, open_known, prepare
+from data.loader import EvaluationBatches, Loader, probe_batch
 from data.packing import Batch
 from data.show import amounts, describe
 from data.sources import DataError, Source
@@ -51,7 +52,7 @@ class Assembly:
     model: HybridMoEForCausalLM
     loader: Loader
     train_packs: int  # sequences of the training data
-    evaluation: list[Batch]
+    evaluation: Sequence[Batch]  # of the held-out rows; read when they are asked for
     probe: Batch  # this rank's part of the tokens on which routing is compared with the base
     adapted: list[str]  # modules with adapters; empty in full-parameter training
     data: dict[str, dict[str, int]]  # how much there is to train on and to measure on
@@ -66,12 +67,7 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say, progress: Cal
         progress: called whenever a part of the work is done, from now on in every forward pass too.
     """
     config = ModelConfig.from_folder(folder)
-    with world.together(DataError):  # one rank builds, so that bad data is told after one reading, not after one a rank
-        if world.is_main:
-            datasets(recipe, load_tokenizer(folder, config.vocab_size))
-    with world.together(DataError):  # the others open what it built, or build where they share no disk with it
-        train, held_out = datasets(recipe, load_tokenizer(folder, config.vocab_size))
-        _check_amount(train, recipe)
+    train, held_out = _datasets_of_all(recipe, lambda: load_tokenizer(folder, config.vocab_size), world, progress)
     say(f"training data: {describe(train)}")
     if held_out is not None:
         say(f"held-out data: {describe(held_out)}")
@@ -105,7 +101,7 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say, progress: Cal
         train_packs=len(train),
         evaluation=[]
         if held_out is None
-        else evaluation_batches(held_out, packs_per_micro_batch=packs, rank=world.rank, ranks=world.size),
+        else EvaluationBatches(held_out, packs_per_micro_batch=packs, rank=world.rank, ranks=world.size),
         probe=probe,
         adapted=adapted,
         data={"train": amounts(train), **({"eval": amounts(held_out)} if held_out is not None else {})},
@@ -155,16 +151,24 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def datasets(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out data of the recipe, tokenised once and kept; every rank may call it at the same time.
+def datasets(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    known: Sequence[Known | None] = (None, None),
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out data of the recipe, tokenised once and kept, and compared with what was written.
+
+    Args:
+        known: which data they are, where another host has found them.
+        progress: called whenever a part of the work is done.
 
     Raises:
         DataError: a source is missing, holds rows that cannot be read, or leaves nothing to train on.
     """
     data = recipe.data
-    cache = expanded(data.cache).absolute() if data.cache else folder_of(recipe).parent / ".cache"
 
-    def prepared(sources: Sequence[RecipeSource]) -> Dataset:
+    def prepared(sources: Sequence[RecipeSource], known: Known | None) -> Dataset:
         return prepare(
             [Source(str(resolve(source.path) or source.path), source.format) for source in sources],
             tokenizer=tokenizer,
@@ -172,11 +176,41 @@ def datasets(recipe: Recipe, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | N
             packing=data.packing,
             on_bad_row=data.on_bad_row,
             over_long=data.over_long,
-            cache=cache,
+            cache=_cache(recipe),
+            known=known,
             report=lambda line: print(line, flush=True),  # only the rank that builds says anything
+            progress=progress,
         )
 
-    return prepared(data.train), prepared(data.eval) if data.eval else None
+    return prepared(data.train, known[0]), prepared(data.eval, known[1]) if data.eval else None
+
+
+def _datasets_of_all(
+    recipe: Recipe, tokenizer: Callable[[], Tokenizer], world: World, progress: Callable[[], None]
+) -> tuple[Dataset, Dataset | None]:
+    """The data on every rank. Rank 0 reads the sources, one rank of each host reads the cache, the others open it.
+
+    Bad data is so reported after one reading, and nothing is hashed twice. Collective.
+    """
+    found: list[Known | None] = [None, None]
+    with world.together(DataError):
+        if world.is_main:
+            found = [made.known if made else None for made in datasets(recipe, tokenizer(), (None, None), progress)]
+    found = cast(list[Known | None], world.gather(found)[0])
+    with world.together(DataError):
+        if world.leads_host and not world.is_main:  # where the disk is shared it is there, and compared like any other
+            datasets(recipe, tokenizer(), found, progress)
+    with world.together(DataError):
+        train, held_out = (open_known(_cache(recipe), known) if known else None for known in found)
+        assert train is not None, "there is training data, or rank 0 has said why not"
+        _check_amount(train, recipe)
+    return train, held_out
+
+
+def _cache(recipe: Recipe) -> Path:
+    """Where tokenised data is kept."""
+    cache = recipe.data.cache
+    return expanded(cache).absolute() if cache else folder_of(recipe).parent / ".cache"
 
 
 def _model(

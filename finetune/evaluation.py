@@ -31,7 +31,7 @@ def held_out(model: HybridMoEForCausalLM, batches: Sequence[Batch], world: World
     """Loss of the model as it is now on these batches, over all ranks. Collective.
 
     Args:
-        batches: this rank's, as `data.loader.evaluation_batches` deals them: micro-batch by micro-batch over the ranks,
+        batches: this rank's, as `data.loader.EvaluationBatches` deals them: micro-batch by micro-batch over the ranks,
             equally many on each.
     """
     was_training = model.training

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from data.dataset import Dataset
-from data.loader import evaluation_batches
+from data.loader import EvaluationBatches
 from data.packing import Batch
 from finetune.evaluation import HeldOut, compare_routing, held_out, paired_change, probe_routing
 from finetune.lora import base_model, inject
@@ -215,7 +215,7 @@ def parts_on(rank: int, size: int, expert: int) -> list[tuple[float, int]]:
     model = model_with_adapters(world.experts(8), strength=0.15)
     if world.expert_group is not None:
         attach(model, world.expert_group)
-    batches = evaluation_batches(cast(Dataset, Packs()), packs_per_micro_batch=1, rank=rank, ranks=size)
+    batches = EvaluationBatches(cast(Dataset, Packs()), packs_per_micro_batch=1, rank=rank, ranks=size)
     return held_out(model, batches, world).parts
 
 

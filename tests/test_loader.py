@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from data.build import Job
 from data.chat import Document
 from data.dataset import Dataset, prepare
-from data.loader import Loader, epoch_order, evaluation_batches, probe_batch
+from data.loader import EvaluationBatches, Loader, epoch_order, probe_batch
 from data.packing import Batch
 from data.show import describe, show_document, show_pack
 from data.sources import DataError, Source
@@ -125,7 +126,7 @@ def test_a_state_of_other_data_or_seed_is_refused(dataset, tokenizer, tmp_path):
 
 @pytest.mark.parametrize(("ranks", "packs"), [(1, 1), (1, 7), (2, 3), (4, 2), (64, 4)])
 def test_evaluation_sees_every_pack_once_in_equally_many_batches(dataset, ranks, packs):
-    shares = [evaluation_batches(dataset, packs_per_micro_batch=packs, rank=r, ranks=ranks) for r in range(ranks)]
+    shares = [EvaluationBatches(dataset, packs_per_micro_batch=packs, rank=r, ranks=ranks) for r in range(ranks)]
     assert len({len(share) for share in shares}) == 1
     batches = [batch for share in shares for batch in share]
     assert {batch.input_ids.shape for batch in batches} == {(packs, 64)}
@@ -232,34 +233,17 @@ def test_the_cache_follows_content_and_not_time_or_place(tmp_path, tokenizer):
     assert folder(first) != made
 
 
-def test_damaged_data_is_named(tmp_path, tokenizer):
-    source = write(tmp_path / "a.jsonl", rows(5))
-    folder = prepare([source], tokenizer=tokenizer, cache=tmp_path, **SETTINGS).folder
-    os.truncate(folder / "tokens.bin", 20)
-    with pytest.raises(DataError, match=f"^{folder}: damaged .*; delete the folder and it is made again"):
-        prepare([source], tokenizer=tokenizer, cache=tmp_path, **SETTINGS)
-
-
-def test_what_a_killed_build_left_is_no_obstacle(tmp_path, tokenizer, dataset):
-    source = write(tmp_path / "a.jsonl", rows(120))
-    left = tmp_path / "cache" / f"{dataset.folder.name}.tmp"
-    left.mkdir(parents=True)
-    (left / "tokens.bin").write_bytes(b"half")
-    assert prepare([source], tokenizer=tokenizer, cache=tmp_path / "cache", **SETTINGS).sha256 == dataset.sha256
-    assert not left.exists()
-
-
 def prepare_on_a_rank(path: str, cache: str, start: Barrier, reports: "Queue[str]") -> None:
     import data.dataset
 
-    build = data.dataset._build
+    build = data.dataset.build
 
-    def counted(*arguments: object) -> None:
+    def counted(job: Job) -> None:
         reports.put("built")
         time.sleep(0.5)  # long enough for the others to come
-        build(*arguments)
+        build(job)
 
-    data.dataset._build = counted
+    data.dataset.build = counted
     tokenizer = load_tokenizer(ROOT / "recipes" / "base")
     start.wait(60)
     found = prepare([Source(path)], tokenizer=tokenizer, cache=Path(cache), **SETTINGS)

@@ -23,11 +23,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Qwen3NextForCausalLM
 
+from data.cache import identity, read_manifest
 from data.dataset import Dataset
+from data.files import write_json
 from data.loader import Loader, epoch_order
 from data.packing import Batch
 from data.tokenizer import load_tokenizer
 from finetune.assembly import datasets
+from finetune.checkpoint.part_file import hash_of
 from finetune.checkpoint.resume import newest_checkpoint, open_state
 from finetune.checkpoint.weights import from_pretrained
 from finetune.lora import inject
@@ -427,6 +430,9 @@ def test_a_crash_is_kept_with_its_traceback(here: Place, trained: Trained) -> No
     packs = np.load(train.folder / "pack_documents.npy")
     packs[np.load(train.folder / "pack_offsets.npy")[pack]] = 10**6
     np.save(train.folder / "pack_documents.npy", packs)
+    manifest = read_manifest(train.folder)  # which is made to fit, else the data would be made again
+    manifest["files"]["pack_documents.npy"]["sha256"] = hash_of(train.folder / "pack_documents.npy")
+    write_json(train.folder / "manifest.json", {**manifest, "sha256": identity(manifest["files"])})
 
     done = here.launch(name="crash", data__cache=cache, monitor__drift_every_steps=None, monitor__probe_tokens=None)
 

@@ -53,6 +53,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def leads_host(self) -> bool:
+        """Whether this is the first rank of its host, which does for the others what one process can do."""
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
     def experts(self, num_experts: int) -> range:
         """Ids of the experts that this rank holds."""
         each = num_experts // self.expert_size

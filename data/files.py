@@ -1,0 +1,97 @@
+"""Files that are read back as truth: hashed in pieces, and replaced whole."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+PIECE_BYTES = 16 << 20
+MOST_JSON_BYTES = 64 << 20  # of what we write ourselves, which is far smaller
+
+
+class FaultError(ValueError):
+    """A file of ours that is not as it was written: says which, and what is wrong with it."""
+
+
+def sha256_of(path: Path, progress: Callable[[], None]) -> str:
+    """The sha256 of a file.
+
+    Args:
+        progress: called after each piece.
+    """
+    digest, piece = hashlib.sha256(), bytearray(PIECE_BYTES)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(memoryview(piece)[:count])
+            progress()
+    return digest.hexdigest()
+
+
+def bytes_of(path: Path) -> int:
+    """The size of a regular file in bytes.
+
+    Raises:
+        FaultError: there is none, or it is something else, such as a FIFO, whose opening would never return.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise FaultError(f"{path}: is missing") from None
+    except OSError as error:
+        raise FaultError(f"{path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise FaultError(f"{path}: is not a file")
+    return found.st_size
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Put `values` at `path`, whole and with their own hash, and wait until they are on the disk."""
+    beside = path.with_name(f"{path.name}.new")
+    with beside.open("wb") as file:
+        file.write(json.dumps({**values, "values_sha256": _hash_of(values)}, indent=2).encode() + b"\n")
+        flush(file)
+    beside.replace(path)
+    sync(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The values that `write_json` put there.
+
+    Raises:
+        FaultError: it is missing, cannot be read, or does not hold what was written.
+    """
+    if bytes_of(path) > MOST_JSON_BYTES:
+        raise FaultError(f"{path}: is too large to be a file of ours")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        recorded = values.pop("values_sha256")
+        if recorded == _hash_of(values):
+            assert isinstance(values, dict), "nothing else has a pop of a name"
+            return values
+    except OSError as error:
+        raise FaultError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):  # ValueError: not UTF-8, not JSON
+        raise FaultError(f"{path}: is not a file of ours") from None
+    raise FaultError(f"{path}: was changed after it was written")
+
+
+def flush(file: BinaryIO) -> None:
+    """Wait until what was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
