@@ -6,7 +6,7 @@ to bfloat16, the decay rates too, and with it gradients on their way: `zero.py` 
 state is in flat partitions of this number of ranks: `training_state` and `restore` go by parameter name and expert id.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -181,6 +181,18 @@ def restore(engine: ExpertEngine, read: Callable[[str], Tensor], *, step: int) -
     # Without this the first forward pass would still use the weights from before.
     engine.optimizer.update_lp_params()
     engine.global_steps = step
+
+
+def set_values(engine: ExpertEngine, values: Mapping[str, Tensor]) -> None:
+    """Put these float32 values into parameters that train, before the first step. Collective.
+
+    Args:
+        values: by parameter, as this rank holds it.
+    """
+    for name, parameter in _trainable(engine):
+        if name in values:
+            engine.optimizer.write(parameter, "fp32", values[name])
+    engine.optimizer.update_lp_params()
 
 
 def _trainable(engine: ExpertEngine) -> Iterator[tuple[str, nn.Parameter]]:

@@ -101,6 +101,10 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
         " lora_target_parameters lora_fan_in_fan_out exclude_modules freeze_parameters trainable_parameters"
         " layers_to_transform layers_pattern lora_layers_to_transform",
     ),
+    (
+        "this is lora.init_from here, the folder of an adapter in peft's form",
+        "adapter_name_or_path lora_model_dir adapter_path resume_from_adapter peft_model_path adapters adapter_folder",
+    ),
     ("this is lora.use_rslora here", "rslora lora_use_rslora use_rs_lora"),
     (
         "there is no such form of adapter here: only LoRA, with or without lora.use_rslora",

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 
 from data.token_ids import check_rows, token_ids
+from finetune.adapter_folder import check_adapter
 from finetune.agreement import check_agreement
 from finetune.assembly import Say
 from finetune.balance import RouterLossError
@@ -21,7 +22,7 @@ from finetune.launcher import Launcher
 from finetune.model.config import ModelConfig
 from finetune.parallel import world as worlds
 from finetune.ranks import fit_to_ranks
-from finetune.recipe import Recipe, RecipeError
+from finetune.recipe import Recipe, RecipeError, resolve
 from finetune.run_folder import check_folder, folder_of, is_complete, lost_checkpoint
 from finetune.run_place import hold
 from finetune.start_notes import start_notes
@@ -57,6 +58,8 @@ def train_here(recipe: Recipe, launcher: Launcher | None) -> int:
         for note in check_folder(folder, recipe):
             say(f"note: {note}")
         check_resume_from(folder, recipe)
+        if recipe.lora is not None and recipe.lora.init_from is not None:
+            check_adapter(resolve(recipe.lora.init_from) or Path(recipe.lora.init_from), recipe.lora)
         if is_complete(folder, recipe):
             say(f"{folder}: this run is complete; `python -m finetune summary {folder}` shows it")
             return 0

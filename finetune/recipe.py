@@ -242,7 +242,7 @@ def _missing_paths(tree: Node, root: Path) -> Iterator[Mistake]:
 
 def _written_paths(tree: Node) -> Iterator[tuple[str, yaml_tree.Place, str]]:
     """Every path of the tree that must exist, whatever else is wrong: dotted key, place, text."""
-    nodes = {"model.path": tree.at(("model", "path"))}
+    nodes = {"model.path": tree.at(("model", "path")), "lora.init_from": tree.at(("lora", "init_from"))}
     for part in ("train", "eval"):
         sources = tree.at(("data", part))
         if sources is not None and isinstance(sources.value, list):

@@ -165,6 +165,9 @@ class Lora(Section):
     """Scale: an adapter adds alpha / rank times the product of its factors."""
     use_rslora: bool = False
     """Rank-stabilised scale: alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)."""
+    init_from: Text | None = None
+    """Folder of an adapter in peft's form that the adapters start from, in place of a draw; of the same rank, scale and
+    layers. The optimizer starts anew, and the data may be other data."""
     dropout: Fraction = 0.0
     """Share of an adapter's inputs that is dropped in training; not for the routed experts."""
     targets: Targets = MIXER_TARGETS

@@ -14,6 +14,7 @@ from torch import Tensor
 from data.loader import Loader
 from data.sources import DataError
 from finetune import engine as engines
+from finetune.adapter_folder import adapter_values
 from finetune.assembly import Say
 from finetune.checkpoint.fingerprint import is_of
 from finetune.checkpoint.layout import CheckpointError
@@ -21,8 +22,10 @@ from finetune.checkpoint.resume import TensorStore, check_nothing_lost, open_sta
 from finetune.checkpoint.shards import listed
 from finetune.checkpoint.writer import Writer, Written
 from finetune.engine import ExpertEngine
+from finetune.lora import AdapterError
 from finetune.parallel.world import World
-from finetune.recipe import Recipe, RecipeError
+from finetune.recipe import Recipe, RecipeError, resolve
+from finetune.recipe_sections import Lora
 from finetune.run_folder import FREE
 from finetune.run_recipe import changed_keys, listed_changes, recipe_in, recorded
 from finetune.starting_point import StartingPoint, starting_point
@@ -157,6 +160,8 @@ def resume(
         with world.together(CheckpointError, MonitoringError):
             if world.is_main:
                 check_nothing_lost(root)
+        if recipe.lora is not None and recipe.lora.init_from is not None:
+            _start_from_adapter(recipe.lora, recipe.lora.init_from, engine, world, say)
         return None
     with world.together(CheckpointError, DataError):
         state, tensors = open_state(start.checkpoint)
@@ -199,3 +204,16 @@ def _check_recipe(recipe: Recipe, state: Mapping[str, Any], folder: Path) -> Non
             f"{folder}: belongs to a run of another recipe ({listed_changes(changed)}); undo the change, or start a new"
             " run under another name"
         )
+
+
+def _start_from_adapter(lora: Lora, init_from: str, engine: ExpertEngine, world: World, say: Say) -> None:
+    folder = resolve(init_from) or Path(init_from)
+    shapes = {
+        name: parameter.shape
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad and ".lora_" in name
+    }
+    with world.together(AdapterError, CheckpointError):
+        values = adapter_values(folder, lora, shapes, engine.module.local_experts)
+    engines.set_values(engine, values)
+    say(f"adapters start from {folder}: {len(values)} tensors on this rank, each used")

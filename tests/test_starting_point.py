@@ -175,6 +175,25 @@ def test_a_run_that_went_back_or_was_continued_as_another_ends_with_the_same_par
 
 
 @pytest.mark.slow
+def test_a_new_run_goes_on_from_the_adapter_of_another(here: Place, tmp_path: Path) -> None:
+    measured = UNWATCHED | {"data__eval": f"[{{path: {here.folder}/heldout.jsonl}}]", "train__steps": 2}
+    done = here.by_hand(name="first", **measured)
+    assert done.code == 0, done.out + done.err
+    before, after = (line["loss"] for line in records(here.run_folder("first"), "eval"))
+    export = ("export", str(here.run_folder("first")), "--to", str(tmp_path / "adapter"), "--format", "adapter")
+    assert cli.main(export) == 0
+    second = {"lora__init_from": tmp_path / "adapter", "train__seed": 5}
+    done = here.by_hand(name="second", **measured | second)
+    assert done.code == 0, done.out + done.err
+    assert f"adapters start from {tmp_path}/adapter: " in done.out
+    first_loss = records(here.run_folder("second"), "eval")[0]["loss"]
+    assert first_loss == after != before
+    done = here.by_hand(name="third", **measured | second | {"lora__rank": 4})
+    assert done.code == 2
+    assert f"lora.init_from: {tmp_path}/adapter has r 8; set lora.rank to that, it is 4" in done.err
+
+
+@pytest.mark.slow
 def test_a_run_stops_early_and_a_resumed_one_keeps_counting(here: Place) -> None:
     """No improvement is as large as this threshold asks for."""
     changes = UNWATCHED | {"data__eval": f"[{{path: {here.folder}/heldout.jsonl}}]", "train__eval_every_steps": 1}
