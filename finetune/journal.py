@@ -14,15 +14,15 @@ from monitoring.sinks import Sinks, open_sinks
 class Journal:
     """The records of one run. Rank 0 writes; on the other ranks every call does nothing."""
 
-    def __init__(self, recipe: Recipe, folder: Path, world: World, health: Health):
-        """Open the sinks.
+    def __init__(self, recipe: Recipe, folder: Path, world: World, health: Health, step: int):
+        """Open the sinks, and move aside what an earlier start recorded of steps after `step`.
 
         Args:
             health: the rules with what they remember, which goes into every checkpoint.
         """
         self.reasons_to_stop: list[str] = []  # findings of level `stop`
         self._is_main, self._health = world.is_main, health
-        self._sinks = _sinks(recipe, folder) if world.is_main else Sinks([])
+        self._sinks = _sinks(recipe, folder, step) if world.is_main else Sinks([])
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a record of any kind but `routing`, and the findings about it."""
@@ -46,7 +46,7 @@ class Journal:
                 self.reasons_to_stop.append(finding.message)
 
 
-def _sinks(recipe: Recipe, folder: Path) -> Sinks:
+def _sinks(recipe: Recipe, folder: Path, step: int) -> Sinks:
     return open_sinks(
         folder,
         name=recipe.name,
@@ -54,4 +54,5 @@ def _sinks(recipe: Recipe, folder: Path) -> Sinks:
         wandb=recipe.monitor.wandb,
         project=recipe.monitor.project,
         config=recipe.model_dump(mode="json"),
+        after=step,
     )

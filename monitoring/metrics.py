@@ -1,4 +1,7 @@
-"""metrics.jsonl: one JSON object a line, appended and flushed, never rewritten; and how to read it back.
+"""metrics.jsonl: one JSON object a line, appended and flushed; and how to read it back.
+
+Every step is in it once: a run that continues from a checkpoint moves the lines of later steps, which it will take
+again, to metrics.superseded.jsonl.
 
 `kind` says what a line is:
 
@@ -26,6 +29,7 @@ import numpy as np
 
 from monitoring.files import MonitoringError
 from monitoring.routing import RoutingSnapshot
+from monitoring.supersede import aside_of, supersede_lines
 
 Record = Mapping[str, Any]
 
@@ -37,10 +41,20 @@ class MetricsFile:
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, after: int | None = None):
+        """Open the file of a run.
+
+        Args:
+            after: the step from which the run continues, 0 for one that begins; None leaves all lines where they are.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _cut_torn_line(path)
+        if after is not None and (moved := supersede_lines(path, after)):
+            log.warning(
+                "%s: %d lines of steps after %d moved to %s, since the run takes these steps again",
+                *(path, moved, after, aside_of(path).name),
+            )
         self._file = path.open("ab")
 
     def write(self, record: Record) -> None:
@@ -85,9 +99,10 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every line of the run as if it had never been killed: a `start` at step N takes back what came after step N.
+    """Every line of the run as if it had never been killed.
 
-    A `start` at step 0 takes back everything before it.
+    Where lines of steps that were taken again are still in the file, since the run was killed while it moved them or
+    an older version wrote it, a `start` at step N takes back what came after step N, and one at step 0 everything.
     A last line without its newline is being written, or was torn by a kill, and is left out.
 
     Raises:

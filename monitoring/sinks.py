@@ -25,10 +25,13 @@ from monitoring.routing import (
     LayerDrift,
     LayerMeasures,
     RoutingSnapshot,
+    read_snapshot,
     routing_record,
     snapshot_path,
     write_snapshot,
 )
+from monitoring.run_id import run_id
+from monitoring.supersede import supersede_snapshots
 
 WandbMode = Literal["offline", "online", "off"]
 
@@ -57,8 +60,23 @@ class RoutingFiles:
 
     name = "routing folder"
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, after: int | None = None):
+        """Keep them in this run folder.
+
+        Args:
+            after: the step from which the run continues, 0 for one that begins; None leaves all files where they are.
+        """
         self._run = run
+        if after is not None and supersede_snapshots(run / "routing", after):
+            self._redraw()
+
+    def _redraw(self) -> None:
+        """Draw the newest counts that are left; the picture may show those of a step that is taken again."""
+        picture, left = self._run / "routing" / "heatmap.png", sorted((self._run / "routing").glob("step-*.npz"))
+        if left:
+            replace_file(picture, heatmap_png(read_snapshot(left[-1])))
+        else:
+            picture.unlink(missing_ok=True)
 
     def write(self, record: Record) -> None:
         """Nothing: only counts are kept here."""
@@ -130,7 +148,16 @@ def _each(sinks: list[Sink], act: Callable[[Sink], None]) -> None:
                 sink.close()
 
 
-def open_sinks(run: Path, *, name: str, steps: int, wandb: WandbMode, project: str, config: Mapping[str, Any]) -> Sinks:
+def open_sinks(
+    run: Path,
+    *,
+    name: str,
+    steps: int,
+    wandb: WandbMode,
+    project: str,
+    config: Mapping[str, Any],
+    after: int | None = None,
+) -> Sinks:
     """The sinks of a real run, for rank 0: console, metrics.jsonl, the routing folder and W&B unless it is off.
 
     Args:
@@ -138,19 +165,30 @@ def open_sinks(run: Path, *, name: str, steps: int, wandb: WandbMode, project: s
         name: of the run, as W&B shows it.
         steps: the last optimizer step, for the bar and the time left.
         config: the effective recipe, as W&B shows it.
+        after: the step from which the run continues, 0 for one that begins: what was recorded of later steps is moved
+            aside, so that every step is recorded once. None leaves everything where it is.
     """
 
     def open_wandb() -> Sink:
         # Imported here because it takes half a second, which a run without W&B need not pay.
+        from monitoring.wandb_rows import lost_records, take_back_rows
         from monitoring.wandb_sink import Wandb
 
-        return Wandb(run, name=name, mode="online" if wandb == "online" else "offline", project=project, config=config)
+        held = None if after is None else take_back_rows(run / "wandb", run_id(run), after)
+        mode: Literal["online", "offline"] = "online" if wandb == "online" else "offline"
+        sink = Wandb(run, name=name, mode=mode, project=project, config=config)
+        for record in [] if held is None or after is None else lost_records(run, held, after):
+            if record["kind"] != "routing":
+                sink.write(record)
+            elif (counts := snapshot_path(run, record["step"])).exists():  # else lost too
+                sink.routing(read_snapshot(counts), record)
+        return sink
 
     at_once: dict[str, Callable[[], Sink]] = {
         "console": lambda: Console(steps=steps),
-        "metrics.jsonl": lambda: MetricsFile(run / "metrics.jsonl"),
+        "metrics.jsonl": lambda: MetricsFile(run / "metrics.jsonl", after),
     }
-    beside: dict[str, Callable[[], Sink]] = {"routing folder": lambda: RoutingFiles(run)}
+    beside: dict[str, Callable[[], Sink]] = {"routing folder": lambda: RoutingFiles(run, after)}
     if wandb != "off":
         beside["W&B"] = open_wandb
     return Sinks(_opened(at_once), _opened(beside))

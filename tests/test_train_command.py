@@ -39,7 +39,7 @@ from finetune.results import recipe_of
 from finetune.run_folder import finished_step
 from monitoring.routing import read_snapshot
 from tests.commands import ROOT, SECONDS, TINY, Done, Place, command, files, launcher, place, records, run, start
-from tests.test_wandb import history, stored_records
+from tests.test_wandb import history, parse, stored_records
 
 STEPS, RANKS, MICRO_BATCHES, PACKS = 12, 2, 2, 2  # what tests.commands.SETTINGS says
 
@@ -304,7 +304,7 @@ class Killed:
 @pytest.fixture(scope="module")
 def killed(here: Place) -> Killed:
     folder = here.run_folder("killed")
-    settings = [*TINY, *here.settings(name="killed")]
+    settings = [*TINY, *here.settings(name="killed", monitor__wandb="offline")]
     process = start(*launcher(2), *settings, cwd=here.folder)
     metrics, end = folder / "metrics.jsonl", time.monotonic() + SECONDS
     while not (metrics.exists() and '"kind": "routing", "step": 5,' in metrics.read_text()):
@@ -351,9 +351,21 @@ def test_a_killed_run_trains_exactly_as_one_that_was_never_killed(killed: Killed
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_every_reader_of_a_killed_run_sees_every_step_once(killed: Killed) -> None:
+    lines = [json.loads(line) for line in (killed.folder / "metrics.jsonl").read_text().splitlines()]
+    for kind, every in (("routing", 1), ("train", 3)):
+        expected = sorted({1, *range(every, STEPS + 1, every)})
+        assert [line["step"] for line in lines if line["kind"] == kind] == expected
+    rows: list[int] = []
+    for folder in sorted((killed.folder / "wandb").glob("offline-run-*")):
+        (path,) = folder.glob("*.wandb")
+        rows += history(parse(path.read_bytes()))
+    assert rows == list(range(STEPS + 1))  # step 0 is the held-out loss of the base
+
+
 def test_a_finished_run_is_told_to_be_complete_and_left_as_it_is(killed: Killed, here: Place) -> None:
     before = files(killed.folder)
-    done = here.launch(name="killed")
+    done = here.launch(name="killed", monitor__wandb="offline")
     assert (done.code, done.out) == (
         0,
         f"{killed.folder}: this run is complete; `python -m finetune summary {killed.folder}` shows it\n",
