@@ -74,8 +74,8 @@ def check_resume_from(folder: Path, recipe: Recipe) -> None:
 def rewind(folder: Path, to: str, say: Callable[[str], None], progress: Callable[[], None] = lambda: None) -> Path:
     """Go back to the checkpoint `to` (step-N or best) of the run in `folder`; call it where the folder is held.
 
-    Nothing is deleted: later checkpoints and the marks of the run's end are moved to `set-aside/`, and a line of
-    metrics.jsonl takes back the records of the steps that they stood for.
+    Nothing is deleted: later checkpoints and the marks of the run's end are moved to `set-aside/`, and the
+    lines of later steps from metrics.jsonl to metrics.superseded.jsonl.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is not whole.
@@ -99,7 +99,7 @@ def rewind(folder: Path, to: str, say: Callable[[str], None], progress: Callable
         sync(aside)
         names = ", ".join(path.name for path in reversed(later)) or "the mark of the run's end"
         say(f"{folder}: went back to {chosen.name}; {names} set aside in {aside}")
-    metrics = MetricsFile(folder / "metrics.jsonl")
+    metrics = MetricsFile(folder / "metrics.jsonl", step_of(chosen))
     metrics.write({"kind": "start", "step": step_of(chosen), "went_back": True})
     metrics.close()
     return chosen

@@ -65,7 +65,7 @@ class Run:
         self.best_unsaved = False  # the lowest held-out loss has no checkpoint yet
         self.step = self._resume(say)
         self.saving = Saving(folder / "checkpoints", world, keep=recipe.checkpoint.keep, progress=watch.beat)
-        self.journal = Journal(self.recipe, folder, world, self.health, self.step)
+        self.journal = Journal(self.recipe, folder, world, self.health, 0 if self.from_another_run else self.step)
 
     def train(self) -> None:
         """Train to the last step, reporting, evaluating and saving on the way. Collective."""
