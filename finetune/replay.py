@@ -4,21 +4,22 @@ On the CPU, without training: what remains is the data and the weights. To repla
 export its checkpoint as a merged model and name that folder.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.assembly import dtype_of
 from finetune.checkpoint.fingerprint import is_of
 from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.shards import Checkpoint, read_header
 from finetune.checkpoint.weights import from_pretrained, resolve_model
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.run_folder import recipe_of, run_of_step
+from monitoring.json_file import FileError, read_object
+
+BATCH = ("input_ids", "labels", "segment_ids")
 
 
 def replay(kept: Path, folder: Path | None) -> int:
@@ -67,10 +68,23 @@ def read_step(kept: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: there are none, or they cannot be read.
     """
+    path = kept / "batches.safetensors"
     try:
-        return load_file(kept / "batches.safetensors"), json.loads((kept / "step.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        stored, facts = Checkpoint(kept, read_header(path)), read_object(kept / "step.json")
+        tensors = {name: stored.read(name) for name in stored.tensors}
+    except (FileError, CheckpointError) as error:
         raise CheckpointError(f"{kept}: holds no batch of a step that can be read ({error})") from None
+    if not _fits(tensors) or not isinstance(facts.get("base"), str) or not isinstance(facts.get("step"), int):
+        raise CheckpointError(f"{kept}: holds no batch of a step: its tensors or step.json are not those of one")
+    return tensors, facts
+
+
+def _fits(tensors: dict[str, Tensor]) -> bool:
+    """Whether these are the tensors of a batch: (micro-batches, ranks, packs, tokens), and one number for each pack."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    batch = shapes.get("input_ids", ())
+    of_tokens = all(shapes.get(name) == batch for name in BATCH)
+    return len(batch) == 4 and of_tokens and all(shapes.get(name) == batch[:3] for name in ("packs", "loss_sums"))
 
 
 @torch.no_grad()
@@ -79,7 +93,7 @@ def losses_of_step(model: HybridMoEForCausalLM, tensors: dict[str, Tensor]) -> T
     model.eval()
     losses = torch.zeros(tensors["packs"].shape, dtype=torch.float64)
     for at in _places(tensors["packs"]):
-        ids, labels, segments = (tensors[name][at][None] for name in ("input_ids", "labels", "segment_ids"))
+        ids, labels, segments = (tensors[name][at][None] for name in BATCH)
         losses[at] = model(ids, segments, labels=labels).loss_sum
     return losses
 

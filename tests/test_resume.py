@@ -135,18 +135,17 @@ def into_folder(path):
         (
             lambda path: path.write_bytes(b""),
             "manifest.json",
-            "{folder}/manifest.json: not a manifest of a checkpoint; it was changed or cut short",
+            "{folder}/manifest.json:1:1: not JSON (Expecting value); it was changed or cut short",
         ),
         (
             lambda path: path.write_text("[]"),
             "manifest.json",
-            "{folder}/manifest.json: not a manifest of a checkpoint; it was changed or cut short",
+            "{folder}/manifest.json: holds a list where an object is expected; it was changed or cut short",
         ),
         (
             into_folder,
             "manifest.json",
-            "{folder}/manifest.json: cannot be read ([Errno 21] Is a directory: '{folder}/manifest.json'); check the"
-            " file and its disk",
+            "{folder}/manifest.json: is a folder, not a regular file; it was changed or cut short",
         ),
     ],
     ids=[
@@ -564,3 +563,70 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         assert all(bool((store.read(f"{name}::fp32") == state["cursor"]).all()) for name in "abcd")
         manifest = json.loads((newest / "manifest.json").read_text())
         assert [part["tensors"] for part in manifest["parts"]] == [4]
+
+
+def test_a_part_that_is_cut_short_while_it_is_read_is_a_sentence_and_no_signal(tmp_path):
+    """In a process of its own: a mapped file would end it with SIGBUS."""
+    write(tmp_path, 20, ranks=2)
+    part = sorted((tmp_path / "step-20").glob("part-*.safetensors"))[1]
+    script = f"""
+import os
+from pathlib import Path
+from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.resume import open_state
+state, store = open_state(Path({str(tmp_path / "step-20")!r}))
+for cut in (1, 200, 8, 0):
+    os.truncate({str(part)!r}, cut if cut != 1 else os.stat({str(part)!r}).st_size - 1)
+    told = []
+    for name in store:
+        try:
+            store.read(name)
+        except CheckpointError as error:
+            told.append(str(error))
+    print(told[-1])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        assert line.startswith(f"{part}: ends at byte ")
+        assert "in the middle of a tensor; the same command again continues from the newest checkpoint" in line
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"[]", "manifest.json: holds a list where an object is expected; it was changed or cut short"),
+        (b"{", "manifest.json:1:2: not JSON"),
+        (b'{"a":' * 100_000, "manifest.json: nested more than 100 deep"),
+        (b'{"step": ' + b"9" * 5000 + b"}", "manifest.json: holds a number of 5,000 digits"),
+        (b'{"step": "3", "parts": [], "state": {}}', "not a manifest of a checkpoint (step is missing or wrong)"),
+        (b'{"step": 3, "parts": {}, "state": {}}', "not a manifest of a checkpoint (parts is missing or wrong)"),
+        (b'{"step": 3, "parts": [{"file": "../part-00000.safetensors", "bytes": 1, "sha256": ""}]}', "(parts.0.file"),
+        (b'{"step": 3, "parts": [{"file": "part-00000.safetensors", "bytes": "1"}]}', "(parts.0.bytes is"),
+        (b'{"step": 3, "parts": [], "state": []}', "not a manifest of a checkpoint (state is missing or wrong)"),
+        (b'{"step": 3, "parts": [], "state": {}, "sha256": 5}', "was changed after it was written (it names its own"),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_is_none_is_passed_over_with_a_sentence(tmp_path, contents, message):
+    write(tmp_path, 10)
+    write(tmp_path, 20)
+    (tmp_path / "step-20/manifest.json").write_bytes(contents)
+    newest, told = newest_checkpoint(tmp_path)
+    assert newest == tmp_path / "step-10"
+    assert len(told) == 1
+    assert told[0].startswith(f"{tmp_path / 'step-20'}: passed over, ")
+    assert message in told[0]
+    assert "\n" not in told[0]
+
+
+def test_a_manifest_or_a_part_that_is_a_fifo_is_passed_over_at_once(tmp_path):
+    for step, name in ((10, None), (20, "manifest.json"), (30, "part-00000.safetensors")):
+        write(tmp_path, step)
+        if name:
+            (tmp_path / f"step-{step}" / name).unlink()
+            os.mkfifo(tmp_path / f"step-{step}" / name)
+    newest, told = newest_checkpoint(tmp_path)
+    assert newest == tmp_path / "step-10"
+    assert len(told) == 2

@@ -4,12 +4,31 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune.checkpoint.layout import CheckpointError
+from monitoring.json_file import FileError, MissingFileError, read_object
 
 MANIFEST = "manifest.json"
 STEP = re.compile(r"step-(\d+)")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    file: Annotated[str, Field(pattern=r"^part-\d{5,}\.safetensors$")]  # beside the manifest, and nowhere else
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    step: Annotated[int, Field(ge=0)]
+    parts: list[_Part]
+    state: dict[str, Any]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -20,14 +39,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        recorded = manifest.pop("sha256")
-    except FileNotFoundError:
+        manifest = read_object(path)
+        recorded = manifest.pop("sha256", None)
+        _Manifest.model_validate(manifest)
+    except MissingFileError:
         raise CheckpointError(f"{path}: no such file; this is not a checkpoint of a run") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); check the file and its disk") from error
-    except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{path}: not a manifest of a checkpoint; it was changed or cut short") from None
+    except FileError as error:
+        raise CheckpointError(f"{error}; it was changed or cut short") from None
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise CheckpointError(
+            f"{path}: not a manifest of a checkpoint ({key} is missing or wrong); it was changed or cut short"
+        ) from None
     if recorded != hash_of_values(manifest):
         raise CheckpointError(
             f"{path}: was changed after it was written (it names its own sha256 {str(recorded)[:12]}..., its values"

@@ -8,33 +8,39 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
 
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.manifest import MANIFEST, STEP, read_manifest, step_of
 from finetune.checkpoint.part_file import hash_of
-from finetune.checkpoint.shards import listed, read_header
+from finetune.checkpoint.shards import Wanted, listed, read_header, read_into
 from finetune.checkpoint.writer import LEFTOVER
 from monitoring.files import MonitoringError
 from monitoring.metrics import read_metrics
 
+ADVICE = "the same command again continues from the newest checkpoint that is whole"
+
 
 class TensorStore(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name, over the files of all ranks; each is read when asked for."""
+    """The tensors of a checkpoint by name, over the files of all ranks; each is read when asked for.
+
+    Read, not mapped: a mapped file that is cut short meanwhile kills the process with SIGBUS.
+    """
 
     def __init__(self, folder: Path, files: list[str]):
         self._folder = folder
-        self._opened = [safe_open(folder / file, "pt") for file in files]
-        self._places = {name: place for place, file in enumerate(self._opened) for name in file.keys()}  # noqa: SIM118
+        self._stored = {
+            name: stored for file in files for name, stored in read_header(folder / file, advice=ADVICE).items()
+        }
 
     def read(self, name: str) -> Tensor:
         """The tensor of this name.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none, or its file cannot be read any more.
         """
-        if name not in self._places:
+        if name not in self._stored:
             raise CheckpointError(
                 f"{self._folder}: holds no {name}; it comes from a run that trained other parameters, so give this run "
                 "another name or the recipe of that one"
@@ -42,13 +48,16 @@ class TensorStore(Mapping[str, Tensor]):
         return self[name]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._opened[self._places[name]].get_tensor(name)
+        stored = self._stored[name]
+        values = torch.empty(stored.shape, dtype=stored.torch_dtype)
+        read_into(self._folder / stored.file, [Wanted(stored.start, stored.torch_dtype, values)], advice=ADVICE)
+        return values
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._stored)
 
 
 def newest_checkpoint(root: Path, progress: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
@@ -201,10 +210,8 @@ def open_state(folder: Path) -> tuple[dict[str, Any], TensorStore]:
         CheckpointError: the manifest or a file is missing, changed or cut short.
     """
     manifest = read_manifest(folder)
-    files = [part["file"] for part in manifest["parts"]]
-    for file in files:
-        read_header(folder / file)
-    return {**manifest["state"], "step": manifest["step"]}, TensorStore(folder, files)
+    store = TensorStore(folder, [part["file"] for part in manifest["parts"]])
+    return {**manifest["state"], "step": manifest["step"]}, store
 
 
 def _fault(folder: Path, progress: Callable[[], None] = lambda: None) -> str | None:

@@ -112,11 +112,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")
 
 
-def read_header(path: Path, file: str | None = None) -> dict[str, Stored]:
+def read_header(path: Path, file: str | None = None, advice: str = "download it again") -> dict[str, Stored]:
     """The tensors of one safetensors file, in the order of their bytes.
 
     Args:
         file: the name that the tensors carry; by default that of the file without its folder.
+        advice: what to do about a file that is gone or damaged.
 
     Raises:
         CheckpointError: no such file, not safetensors, or not as long as its header says.
@@ -130,17 +131,17 @@ def read_header(path: Path, file: str | None = None) -> dict[str, Stored]:
             header = parse_json(_take(opened, length), "header", unique_keys=True)
         tensors, expected = parse_header(header, file or path.name, 8 + length)
     except MissingFileError:
-        raise CheckpointError(f"{path}: no such file; download the checkpoint again") from None
+        raise CheckpointError(f"{path}: no such file; {advice}") from None
     except HeaderError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error}); download it again") from None
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); {advice}") from None
     except FileError as error:
         if not str(error).startswith("header:"):
             raise CheckpointError(f"{error}; check the file and its disk") from None
-        raise CheckpointError(f"{path}: not a safetensors file ({error}); download it again") from None
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); {advice}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: could not be read ({reason(error)}); check the file and its disk") from error
     if size != expected:
-        raise CheckpointError(f"{path}: {size} bytes, but its header describes {expected}; download it again")
+        raise CheckpointError(f"{path}: {size} bytes, but its header describes {expected}; {advice}")
     return tensors
 
 
@@ -189,7 +190,12 @@ def _read_indexed(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def read_into(path: Path, wanted: Iterable[Wanted], progress: Callable[[], None] = lambda: None) -> None:
+def read_into(
+    path: Path,
+    wanted: Iterable[Wanted],
+    progress: Callable[[], None] = lambda: None,
+    advice: str = "download it again",
+) -> None:
     """Fill tensors with values of one file, in few reads if they are wanted in the order of their bytes.
 
     Straight into place where `Wanted.direct`. All else passes through `STAGING_BYTES` of host memory (page-locked for a
@@ -197,6 +203,7 @@ def read_into(path: Path, wanted: Iterable[Wanted], progress: Callable[[], None]
 
     Args:
         progress: called after each read.
+        advice: what to do about a file that is gone or was cut short.
 
     Raises:
         CheckpointError: no such file, it ends too early, or the disk refused.
@@ -215,9 +222,9 @@ def read_into(path: Path, wanted: Iterable[Wanted], progress: Callable[[], None]
                     if not piece.direct:
                         piece.into.copy_(buffer.view(piece.dtype))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; download the checkpoint again") from None
+        raise CheckpointError(f"{path}: no such file; {advice}") from None
     except EOFError as error:
-        raise CheckpointError(f"{path}: {error}; download it again") from None
+        raise CheckpointError(f"{path}: {error}; {advice}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: could not be read ({error.strerror}); check the file and its disk") from error
 
