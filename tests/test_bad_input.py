@@ -33,6 +33,7 @@ from tests.commands import (
     write_base,
     write_rows,
 )
+from tests.poison import poison
 
 # Rank 0 comes later than rank 1: before it has spoken, the launcher must have no reason to end it.
 SLOW_RANK_0 = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(4)\n"
@@ -191,7 +192,7 @@ def test_a_checkpoint_that_one_rank_cannot_write_is_told_by_all(here: Place) -> 
 
 
 def test_a_loss_that_is_not_a_number_stops_before_a_checkpoint_keeps_it(here: Place, tmp_path: Path) -> None:
-    """One token of one row has an infinite embedding. Saving is due at the step that meets it."""
+    """On one token of one row the first layer overflows. Saving is due at the step that meets it."""
     base = tmp_path / "base"
     shutil.copytree(here.folder / "base", base)
     rows = tmp_path / "rows.jsonl"
@@ -199,9 +200,7 @@ def test_a_loss_that_is_not_a_number_stops_before_a_checkpoint_keeps_it(here: Pl
     assert "\u0416" not in rows.read_text()
     rows.write_text(rows.read_text().replace("Return number 70.", "Return number 70\u0416."))
     vocabulary = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.embed_tokens.weight"][vocabulary["\u00d0"]] = float("inf")  # how a byte-level tokenizer spells it
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    poison(base, vocabulary["\u00d0"])  # how a byte-level tokenizer spells it
 
     settings = {"data__train": f"[{{path: {rows}}}]", "checkpoint__every_steps": 1, "train__log_every_steps": 100}
     quiet = {"monitor__drift_every_steps": 0, "monitor__probe_tokens": 4096, "train__eval_every_steps": 0}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from finetune.checkpoint.resume import newest_checkpoint, open_state
 from finetune.run_folder import finished_step
 from monitoring.metrics import read_metrics
 from tests.commands import SECONDS, TINY, UNWATCHED, Place, launcher, place, records, start
+from tests.poison import poison
 
 STEPS = 80
 QUICK: dict[str, Any] = {
@@ -206,18 +207,16 @@ def test_ranks_that_lost_their_launcher_save_and_end_and_its_exit_code_is_not_be
 
 
 def poisoned(here: Place) -> tuple[Path, Path]:
-    """A base whose embedding of one token is NaN, and rows of which one holds that token."""
+    """A base that overflows on one token, and rows of which one holds that token."""
     base, rows = here.folder / "poisoned-base", here.folder / "poisoned.jsonl"
     shutil.copytree(here.folder / "base", base)
-    tensors = load_file(base / "model.safetensors")
     lines = (here.folder / "train.jsonl").read_text().splitlines()
     lines[40] = json.dumps(json.loads(lines[40].replace("Return number 40.", "Return ~~~~ 40.")))
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     ids = tokenizer.encode("Return ~~~~ 40.").ids
     ordinary = {i for line in lines if "~~~~" not in line for i in tokenizer.encode(line).ids}
     rare = next(i for i in ids if i not in ordinary)
-    tensors["model.embed_tokens.weight"][rare] = torch.nan
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    poison(base, rare)
     rows.write_text("\n".join(lines) + "\n")
     return base, rows
 
@@ -248,8 +247,8 @@ def test_a_loss_that_is_not_a_number_stops_with_its_batch_or_is_skipped_and_chan
     shape = (2, 2, 2)  # micro-batches, ranks, packs
     assert batch["packs"].shape == batch["loss_sums"].shape == shape
     assert {batch[name].shape for name in ("input_ids", "labels", "segment_ids")} == {(*shape, 128)}
-    poison = load_file(base / "model.safetensors")["model.embed_tokens.weight"].isnan().any(1).nonzero()
-    assert torch.equal((batch["input_ids"] == poison).any(-1), ~batch["loss_sums"].isfinite())
+    token = load_file(base / "model.safetensors")["model.embed_tokens.weight"][:, 0].nonzero()
+    assert torch.equal((batch["input_ids"] == token).any(-1), ~batch["loss_sums"].isfinite())
 
     code, out, err = run_to_end(here, "poisoned", **changes, train__on_nan="skip")
     assert code == 0, out + err

@@ -18,6 +18,7 @@ from finetune.checkpoint.weights import from_pretrained
 from finetune.replay import losses_of_step, read_step
 from monitoring.metrics import read_metrics
 from tests.commands import TINY, Done, Place, command, launcher, place, records, run, run_with_checkpoint, write_rows
+from tests.poison import poison
 
 HELD = """
 import os, time
@@ -81,9 +82,7 @@ def test_an_orderly_stop_finishes_the_checkpoint_that_is_being_written(here: Pla
     write_rows(rows, range(96))
     rows.write_text(rows.read_text().replace("Return number 70.", "Return number 70\u0416."))
     vocabulary = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.embed_tokens.weight"][vocabulary["\u00d0"]] = float("inf")  # how a byte-level tokenizer spells it
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    poison(base, vocabulary["\u00d0"])  # how a byte-level tokenizer spells it
     changes = {"model__path": base, "data__train": f"[{{path: {rows}}}]", "data__eval": "[]"}
     often = {"train__eval_every_steps": 0, "checkpoint__every_steps": 1}
     done = launch_held(here, "stopped", tmp_path / "hooks", step=1, sign="not_finite", seconds=7, **changes, **often)
