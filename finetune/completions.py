@@ -7,7 +7,7 @@ does not; and the lines show that a reader other than ours opens the export.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from finetune.checkpoint.weights import resolve_model
 from finetune.recipe import Recipe, resolve
 
 ROWS = 2
+ROWS_AT_ONCE = 64
 MOST_TOKENS = 80  # that a completion may have
 MOST_PROMPT_TOKENS, MOST_ANSWER_TOKENS = 160, 48  # of a row that is shown
 
@@ -59,22 +60,19 @@ def completion_lines(recipe: Recipe, exported: Path) -> list[str]:
 def held_out_rows(recipe: Recipe, tokenizer: Tokenizer, most: int) -> list[Row]:
     """The first rows of `data.eval` that a model answers and whose prompt and answer are short."""
     sources = [Source(str(resolve(source.path) or source.path), source.format) for source in recipe.data.eval]
+    contents = (content for _, content in read_contents(sources, BadRows("skip")) if not isinstance(content, Text))
     template: ChatTemplate | None = None
     rows: list[Row] = []
-    for _, content in read_contents(sources, BadRows("skip")):
-        if isinstance(content, Text):
-            continue
-        if isinstance(content, Conversation) and template is None:
+    while len(rows) < most and (group := list(islice(contents, ROWS_AT_ONCE))):
+        if template is None and any(isinstance(content, Conversation) for content in group):
             template = ChatTemplate(tokenizer)
-        try:
-            row = _row(encode([pieces_of(content, tokenizer, template)], tokenizer)[0])
-        except RowError:
-            continue
-        if len(row.prompt) <= MOST_PROMPT_TOKENS and len(row.answer) <= MOST_ANSWER_TOKENS:
-            rows.append(row)
-        if len(rows) == most:
-            break
-    return rows
+        pieces = [row for row in pieces_of(group, tokenizer, template) if not isinstance(row, RowError)]
+        rows += [row for row in map(_row, encode(pieces, tokenizer)) if _is_short(row)]
+    return rows[:most]
+
+
+def _is_short(row: Row) -> bool:
+    return len(row.prompt) <= MOST_PROMPT_TOKENS and len(row.answer) <= MOST_ANSWER_TOKENS
 
 
 def _row(document: Document) -> Row:

@@ -1,6 +1,5 @@
 """Held-out loss, and routing of fixed probe tokens beside the base model's: forward passes that train nothing."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from data.packing import Batch
 from finetune.balance import count_rows
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.parallel.world import World
+from monitoring.paired import paired_change
 
 NEVER_BETTER = "training never improved on the base: no held-out loss is below that before the first step"
 
@@ -45,24 +45,6 @@ def held_out(model: HybridMoEForCausalLM, batches: Sequence[Batch], world: World
     flat = world.sum(parts).flatten(0, 1).tolist()
     tokens = int(sum(count for _, count in flat))
     return HeldOut(sum(loss for loss, _ in flat) / max(tokens, 1), tokens, [(loss, int(n)) for loss, n in flat if n])
-
-
-def paired_change(
-    before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]
-) -> tuple[float, float] | None:
-    """Change of the mean loss from `before` to `after`, below 0 when it fell, and the standard error of that.
-
-    The error is that of a ratio of sums over micro-batches whose parts are paired (the same tokens before and after),
-    so what makes one micro-batch harder than another cancels. None when the two were not measured on the same ones.
-    """
-    if [n for _, n in before] != [n for _, n in after] or len(before) < 2:
-        return None
-    differences = [(b[0] - a[0], a[1]) for a, b in zip(before, after, strict=True)]
-    tokens = sum(n for _, n in differences)
-    change = sum(d for d, _ in differences) / tokens
-    spread = sum((d - change * n) ** 2 for d, n in differences)
-    parts = len(differences)
-    return change, math.sqrt(spread * parts / (parts - 1)) / tokens
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any, Literal
 
 from monitoring.metrics import Record, plain
+from monitoring.paired import paired_change
 
 Level = Literal["info", "warn", "alert", "stop"]
 LEVELS: tuple[Level, ...] = ("info", "warn", "alert", "stop")
@@ -24,6 +25,11 @@ HISTORY_RECORDS = 50
 ENOUGH_RECORDS = 10  # before a value can be called unusual
 LOSS_SPREADS, LOSS_RISE, LOSS_NATS = 8.0, 0.25, 0.2  # a spike exceeds the median by the largest of the three
 GRAD_NORM_FACTOR = 10.0
+RISE_RECORDS = 3  # whose median is compared, so that one batch is no rise
+# A rise, as a part of the lowest value so far; of the training loss also by LOSS_NATS, of the held-out loss by errors.
+TRAIN_RISE: tuple[tuple[float, Level], ...] = ((0.1, "warn"), (0.5, "alert"))
+HELD_OUT_RISE: tuple[tuple[float, Level], ...] = ((0.01, "warn"), (0.05, "alert"))
+HELD_OUT_ERRORS = 4.0
 WINDOW_SHARE = 0.5  # a window with fewer of the first window's tokens than this has more dead experts by chance
 
 # (limit, level), mildest first: the last limit that a value passes names the level.
@@ -66,6 +72,8 @@ class History:
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_RECORDS))
     first_routing: Record | None = None
     last_routing: Record | None = None
+    lowest_loss: float | None = None  # median of RISE_RECORDS training losses
+    lowest_eval: Record | None = None
 
     def remember(self, record: Record) -> None:
         if record["kind"] == "train":
@@ -73,6 +81,12 @@ class History:
                 value = record.get(key)
                 if value is not None and math.isfinite(value):
                     values.append(value)
+            if len(self.losses) >= RISE_RECORDS:
+                recent = median(list(self.losses)[-RISE_RECORDS:])
+                self.lowest_loss = min(recent, recent if self.lowest_loss is None else self.lowest_loss)
+        if record["kind"] == "eval" and _is_number(loss := record.get("loss")):
+            here = {"step": record["step"], "loss": loss, "parts": record.get("parts")}
+            self.lowest_eval = min(self.lowest_eval or here, here, key=lambda one: float(one["loss"]))
         if record["kind"] == "routing":
             self.first_routing = self.first_routing or record
             self.last_routing = record
@@ -115,6 +129,7 @@ class Health:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Remember what `state` of a health before did."""
         history = self._history = History(first_routing=state["first_routing"], last_routing=state["last_routing"])
+        history.lowest_loss, history.lowest_eval = state.get("lowest_loss"), state.get("lowest_eval")
         history.losses.extend(state["losses"])
         history.grad_norms.extend(state["grad_norms"])
         self._standing = {
@@ -156,6 +171,38 @@ def loss_spike(record: Record, history: History) -> Iterator[Finding]:
             f"lengthen optim.warmup_steps, and look at the data of this step"
         )
         yield Finding(record["step"], "warn", "loss_spike", None, message)
+
+
+def loss_rise(record: Record, history: History) -> Iterator[Finding]:
+    """Training losses that stay well above the lowest of this run."""
+    if history.lowest_loss is None or not _is_number(record.get("loss")):
+        return
+    recent = median([*list(history.losses)[1 - RISE_RECORDS :], record["loss"]])
+    rise = recent - history.lowest_loss
+    level = _level_above(TRAIN_RISE, rise / abs(history.lowest_loss)) if rise > LOSS_NATS else None
+    if level:
+        message = (
+            f"loss is about {recent:.3f} and was about {history.lowest_loss:.3f}: training makes the model worse; "
+            f"lower optim.lr, or go back to an earlier checkpoint"
+        )
+        yield Finding(record["step"], level, "loss_rise", None, message)
+
+
+def held_out_rise(record: Record, history: History) -> Iterator[Finding]:
+    """A held-out loss above the lowest of this run, by more than chance on the same rows."""
+    lowest = history.lowest_eval
+    if lowest is None or not _is_number(record.get("loss")):
+        return
+    rise = record["loss"] - lowest["loss"]
+    change = paired_change(lowest.get("parts") or (), record.get("parts") or ())
+    level = _level_above(HELD_OUT_RISE, rise / abs(lowest["loss"]))
+    if level and change is not None and rise > HELD_OUT_ERRORS * change[1]:
+        message = (
+            f"held-out loss rose to {record['loss']:.4f} from {lowest['loss']:.4f} at step {lowest['step']}, by"
+            f" {rise:.4f} with standard error {change[1]:.4f}: the model gets worse on rows that it does not train on;"
+            f" lower optim.lr, train fewer steps, or keep the checkpoint of step {lowest['step']}"
+        )
+        yield Finding(record["step"], level, "held_out_rise", None, message)
 
 
 def grad_norm_spike(record: Record, history: History) -> Iterator[Finding]:
@@ -279,8 +326,8 @@ def _drifts(record: Record) -> Iterator[tuple[int, Record]]:
 Rule = Callable[[Record, History], Iterator[Finding]]
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "train": (not_finite, loss_spike, grad_norm_spike),
-    "eval": (not_finite,),
+    "train": (not_finite, loss_spike, loss_rise, grad_norm_spike),
+    "eval": (not_finite, held_out_rise),
     "routing": (expert_collapse, expert_takeover, dead_experts),
     "drift": (drift_from_base, collapse_from_base, newly_dead_experts),
 }

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from data.dataset import Dataset
 from data.loader import EvaluationBatches
 from data.packing import Batch
-from finetune.evaluation import HeldOut, compare_routing, held_out, paired_change, probe_routing
+from finetune.evaluation import HeldOut, compare_routing, held_out, probe_routing
 from finetune.lora import base_model, inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.parallel.world import World
 from finetune.recipe_sections import MIXER_TARGETS
+from monitoring.paired import paired_change
 from monitoring.routing import jensen_shannon_bits, routing_drift
 from tests.configs import CONFIGS, randomise
 from tests.ranks import ranks

@@ -48,6 +48,20 @@ def usual(n=20):
     return [train(step, loss=2.0 + 0.02 * (step % 5), grad_norm=0.5 + 0.01 * (step % 3)) for step in range(n)]
 
 
+def held_out(step, loss, uneven=0.0):
+    """An evaluation of eight batches, which scatter by 0.5 among each other and, if uneven, in how they change."""
+    tokens = 1000
+    losses = [loss + 0.5 * (-1) ** n + uneven * (7 if n == 0 else -1) for n in range(8)]
+    parts = [(value * tokens, tokens) for value in losses]
+    return {
+        "kind": "eval",
+        "step": step,
+        "loss": sum(s for s, _ in parts) / (8 * tokens),
+        "tokens": 8000,
+        "parts": parts,
+    }
+
+
 EVEN = concentrated(EXPERTS)
 HEALTHY = counts_of(SKEWED)
 HOT = np.full(EXPERTS, 0.85 / (EXPERTS - 1))  # expert 5 takes 15 % of rows: 60 % of tokens choose it
@@ -69,6 +83,29 @@ CASES = [
     ),
     ("loss_spike", "warn", None, [*usual(), train(20, loss=3.0)], [*usual(), train(20, loss=2.4)]),
     ("loss_spike", "warn", None, [*usual(12), train(12, loss=3.0)], [*usual(5), train(5, loss=3.0)]),
+    (
+        "loss_rise",
+        "warn",
+        None,
+        [*usual(), *(train(20 + n, loss=2.4) for n in range(2))],
+        [*usual(), train(20, loss=9.0), *usual(), train(21, loss=9.0)],  # one batch is no rise
+    ),
+    (
+        "loss_rise",
+        "alert",
+        None,
+        [*usual(3), *(train(3 + n, loss=6.0) for n in range(2))],
+        [train(0), train(1, loss=9)],
+    ),
+    ("held_out_rise", "warn", None, [held_out(8, 2.8), held_out(16, 2.9)], [held_out(8, 2.8), held_out(16, 2.82)]),
+    ("held_out_rise", "alert", None, [held_out(8, 2.84), held_out(24, 3.07)], [held_out(8, 3.07), held_out(24, 2.84)]),
+    (
+        "held_out_rise",
+        "alert",
+        None,
+        [held_out(0, 3.1), held_out(8, 2.84), held_out(24, 3.07)],
+        [held_out(8, 2.84), held_out(24, 3.07, uneven=0.2)],  # one of eight batches rose: within four standard errors
+    ),
     ("grad_norm_spike", "warn", None, [*usual(), train(20, grad_norm=6.0)], [*usual(), train(20, grad_norm=4.0)]),
     (
         "expert_collapse",
