@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from finetune.checkpoint.folder import write_json
 from finetune.checkpoint.layout import stored_tensors
+from finetune.checkpoint.released import released_config
 from finetune.checkpoint.shards import Entry, open_checkpoint, write_shards
-from finetune.checkpoint.weights import from_pretrained, match, released_config
+from finetune.checkpoint.weights import from_pretrained, match
 from finetune.model.config import ModelConfig
 
 RESULTS = Path(__file__).resolve().parent / "results" / "load_checkpoint.json"

@@ -89,7 +89,7 @@ def prepare(
     packing: Literal["packed", "padded"],
     on_bad_row: Literal["stop", "skip"],
     over_long: Literal["drop", "stop"],
-    cache: Path,
+    cache: str | Path,
     known: Known | None = None,
     report: Callable[[str], None] = lambda line: None,
     progress: Callable[[], None] = lambda: None,
@@ -110,6 +110,7 @@ def prepare(
         DataError: a source cannot be read, holds bad rows that stop the run, or leaves nothing to train on; or it is
             not the `known` data.
     """
+    cache = Path(cache)
     settings = Settings(sequence_tokens, packing, on_bad_row, over_long)
     content: _Content | None = None
     if known:

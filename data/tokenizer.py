@@ -122,7 +122,7 @@ class Tokenizer:
         return self._decoder.decode(list(ids), skip_special_tokens=False)
 
 
-def load_tokenizer(folder: Path, rows: int | None = None) -> Tokenizer:
+def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
     """The tokenizer of the checkpoint in `folder`, as transformers reads it.
 
     Args:
@@ -132,6 +132,7 @@ def load_tokenizer(folder: Path, rows: int | None = None) -> Tokenizer:
         DataError: no folder, no tokenizer in it, one without the tokens that training needs, or with tokens beyond the
             embedding.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; point model.path at a folder that holds a checkpoint")
     if not any(os.path.lexists(folder / name) for name in ("tokenizer.json", "vocab.json")):
@@ -192,8 +193,9 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int = VOCABULARY) -> Ba
     return backend
 
 
-def save_tokenizer(backend: Backend, folder: Path) -> None:
+def save_tokenizer(backend: Backend, folder: str | Path) -> None:
     """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`: what AutoTokenizer needs."""
+    folder = Path(folder)
     added = json.loads(backend.to_str())["added_tokens"]
     config: dict[str, Any] = {
         "add_bos_token": False,

@@ -83,9 +83,10 @@ def _row(document: Document) -> Row:
 
 
 def complete(
-    folder: Path, prompts: Sequence[Sequence[int]], ends: Sequence[int], most: int = MOST_TOKENS
+    folder: str | Path, prompts: Sequence[Sequence[int]], ends: Sequence[int], most: int = MOST_TOKENS
 ) -> list[list[int]]:
     """New tokens after each prompt, up to the first of `ends`, by the model in `folder`."""
+    folder = Path(folder)
     with _quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
         completions = []

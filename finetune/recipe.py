@@ -106,7 +106,7 @@ class Recipe(Section):
 
 
 def load_recipe(
-    path: Path, overrides: Sequence[str] = (), *, root: Path = CHECKOUT, check_paths: bool = True
+    path: str | Path, overrides: Sequence[str] = (), *, root: Path = CHECKOUT, check_paths: bool = True
 ) -> Recipe:
     """The recipe in a YAML file, after `section.key=value` overrides.
 
@@ -117,6 +117,7 @@ def load_recipe(
     Raises:
         RecipeError: everything that is wrong with it, one line each.
     """
+    path = Path(path)
     if not os.path.exists(path):  # which, unlike Path.exists, is False for what cannot be seen
         path = resolve(str(path), root) or path
     tree, mistakes = yaml_tree.read_file(path)

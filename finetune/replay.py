@@ -22,7 +22,7 @@ from monitoring.json_file import FileError, read_object
 BATCH = ("input_ids", "labels", "segment_ids")
 
 
-def replay(kept: Path, folder: Path | None) -> int:
+def replay(kept: str | Path, folder: str | Path | None) -> int:
     """Print the loss of every sequence of a kept step, as it was and as it is now.
 
     Args:
@@ -36,6 +36,8 @@ def replay(kept: Path, folder: Path | None) -> int:
         CheckpointError: the step or the weights cannot be read, or the base is no longer the one of that step.
         RecipeError: `kept` does not lie in the folder of a run.
     """
+    kept = Path(kept)
+    folder = Path(folder) if folder is not None else None
     recipe = recipe_of(run_of_step(kept))
     tensors, facts = read_step(kept)
     if folder is None:

@@ -42,8 +42,9 @@ def recipe_of(run: str | Path) -> Recipe:
     return found.recipe()
 
 
-def run_of_step(kept: Path) -> Path:
+def run_of_step(kept: str | Path) -> Path:
     """The run folder that keeps the batch of a step in `crash/step-N`."""
+    kept = Path(kept)
     return kept.absolute().parent.parent
 
 
@@ -86,8 +87,9 @@ def claim(folder: Path, recipe: Recipe) -> FileLock:
     return held
 
 
-def finished_step(folder: Path) -> int | None:
+def finished_step(folder: str | Path) -> int | None:
     """The last step of a run that ended well, or None. An exit code alone proves nothing under a launcher."""
+    folder = Path(folder)
     return marked_step(folder / "finished.json")
 
 
@@ -161,8 +163,9 @@ def mark_finished(folder: Path, facts: Mapping[str, Any]) -> None:
     replace_file(folder / "finished.json", json.dumps(dict(facts), indent=1).encode())
 
 
-def stopped_step(folder: Path) -> int | None:
+def stopped_step(folder: str | Path) -> int | None:
     """The step after which the last start of a run was stopped in order and can be gone on from, or None."""
+    folder = Path(folder)
     return marked_step(folder / "stopped.json")
 
 

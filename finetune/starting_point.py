@@ -71,7 +71,9 @@ def check_resume_from(folder: Path, recipe: Recipe) -> None:
         raise CheckpointError(f"checkpoint.resume_from: {root / asked}: no such checkpoint; there are {there}")
 
 
-def rewind(folder: Path, to: str, say: Callable[[str], None], progress: Callable[[], None] = lambda: None) -> Path:
+def rewind(
+    folder: str | Path, to: str, say: Callable[[str], None], progress: Callable[[], None] = lambda: None
+) -> Path:
     """Go back to the checkpoint `to` (step-N or best) of the run in `folder`; call it where the folder is held.
 
     Nothing is deleted: later checkpoints and the marks of the run's end are moved to `set-aside/`, and the
@@ -80,6 +82,7 @@ def rewind(folder: Path, to: str, say: Callable[[str], None], progress: Callable
     Raises:
         CheckpointError: there is no such checkpoint, or it is not whole.
     """
+    folder = Path(folder)
     root = folder / "checkpoints"
     if not root.is_dir():
         raise CheckpointError(f"{folder}: holds no checkpoint to go back to")

@@ -98,7 +98,7 @@ def _cut_torn_line(path: Path) -> None:
             log.warning("%s ended in the middle of a line, which was cut off (%d bytes)", path, size - end)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Every line of the run as if it had never been killed.
 
     Where lines of steps that were taken again are still in the file, since the run was killed while it moved them or
@@ -108,6 +108,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         MonitoringError: no such file, or a line that is not a JSON object.
     """
+    path = Path(path)
     try:
         whole, _, _ = path.read_bytes().rpartition(b"\n")
     except FileNotFoundError:

@@ -229,12 +229,13 @@ def write_snapshot(path: Path, snapshot: RoutingSnapshot) -> None:
     replace_file(path, buffer.getvalue())
 
 
-def read_snapshot(path: Path) -> RoutingSnapshot:
+def read_snapshot(path: str | Path) -> RoutingSnapshot:
     """The snapshot that `write_snapshot` put at `path`.
 
     Raises:
         MonitoringError: no such file, or not a snapshot.
     """
+    path = Path(path)
     try:
         with np.load(path, allow_pickle=False) as stored:
             layers = tuple(stored["layers"].tolist())

@@ -14,13 +14,14 @@ _SAMPLE_BYTES = 64 * 1024
 _FILES_AT_ONCE = 8  # a network disk answers many small reads at once as fast as one
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: str | Path) -> str:
     """A sha256 that is the same on every machine, over `config.json` and all files of weights.
 
     Of each file: its name, its size, what its header says, and 4 KiB from the middle of every tensor, since training
     changes all of a tensor. A file that is not safetensors gives 64 KiB at eight places; who loads it says what is
     wrong with it.
     """
+    folder = Path(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         for of_file in pool.map(_of_file, _files(folder)):
@@ -28,8 +29,9 @@ def fingerprint(folder: Path) -> str:
     return _FORM + digest.hexdigest()
 
 
-def is_of(known: str, folder: Path) -> bool:
+def is_of(known: str, folder: str | Path) -> bool:
     """Whether a fingerprint that a run has stored, in this form or the earlier one, is that of a folder."""
+    folder = Path(folder)
     return known == (fingerprint(folder) if known.startswith(_FORM) else _of_samples(folder))
 
 

@@ -31,12 +31,13 @@ class _Manifest(BaseModel):
     state: dict[str, Any]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The values of a checkpoint's manifest, without their hash.
 
     Raises:
         CheckpointError: no manifest, or one that was changed after it was written.
     """
+    folder = Path(folder)
     path = folder / MANIFEST
     try:
         manifest = read_object(path)

@@ -48,8 +48,9 @@ def write_about(folder: Path, about: About, files: Mapping[str, str], facts: Map
     write_json(folder / MARK, {**about.facts, **facts, "files": described})
 
 
-def read_mark(folder: Path) -> dict[str, Any] | None:
+def read_mark(folder: str | Path) -> dict[str, Any] | None:
     """The mark of an export, or None where there is none that can be read."""
+    folder = Path(folder)
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

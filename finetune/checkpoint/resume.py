@@ -60,7 +60,7 @@ class TensorStore(Mapping[str, Tensor]):
         return len(self._stored)
 
 
-def newest_checkpoint(root: Path, progress: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
+def newest_checkpoint(root: str | Path, progress: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and one sentence for each newer one that had to be passed over.
 
     Reads every byte of it, to compare hashes: call it on one rank and tell the others.
@@ -71,6 +71,7 @@ def newest_checkpoint(root: Path, progress: Callable[[], None] = lambda: None) -
     Raises:
         CheckpointError: the list of checkpoints cannot be read.
     """
+    root = Path(root)
     told = []
     try:
         if not root.is_dir():
@@ -113,7 +114,7 @@ def check_nothing_lost(root: Path) -> None:
 
 
 def chosen_checkpoint(
-    root: Path,
+    root: str | Path,
     which: str,
     say: Callable[[str], None],
     finished: int | None = None,
@@ -131,6 +132,7 @@ def chosen_checkpoint(
     Raises:
         CheckpointError: there is none, or the one that was asked for is not whole.
     """
+    root = Path(root)
     if which in ("newest", "best"):
         newest, passed_over = newest_checkpoint(root, progress)
         for sentence in passed_over:
@@ -203,12 +205,13 @@ def _there_are(root: Path) -> str:
     return f"there are {', '.join(names)}" if names else "there is none"
 
 
-def open_state(folder: Path) -> tuple[dict[str, Any], TensorStore]:
+def open_state(folder: str | Path) -> tuple[dict[str, Any], TensorStore]:
     """The state (and in it `step`) and the tensors of a checkpoint that `newest_checkpoint` found whole.
 
     Raises:
         CheckpointError: the manifest or a file is missing, changed or cut short.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     store = TensorStore(folder, [part["file"] for part in manifest["parts"]])
     return {**manifest["state"], "step": manifest["step"]}, store

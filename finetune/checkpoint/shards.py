@@ -92,17 +92,19 @@ class Entry(NamedTuple):
         return self.numbers * self.dtype.itemsize
 
 
-def has_weights(folder: Path) -> bool:
+def has_weights(folder: str | Path) -> bool:
     """Whether the folder holds weights in the released form; a folder to train from scratch holds none."""
+    folder = Path(folder)
     return os.path.lexists(folder / SINGLE) or os.path.lexists(folder / INDEX)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path) -> Checkpoint:
     """What a checkpoint folder holds: `model.safetensors`, or the files that `model.safetensors.index.json` names.
 
     Raises:
         CheckpointError: no weights, an unreadable or truncated file, or an index that does not fit its files.
     """
+    folder = Path(folder)
     if os.path.lexists(folder / SINGLE):
         return Checkpoint(folder, read_header(folder / SINGLE))
     if os.path.lexists(folder / INDEX):

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -29,6 +28,7 @@ from finetune.checkpoint.layout import (
     parameter_shapes,
     stored_tensors,
 )
+from finetune.checkpoint.released import released_config
 from finetune.checkpoint.shards import (
     Checkpoint,
     Entry,
@@ -50,7 +50,7 @@ Convert = Callable[[str, Tensor], Tensor]  # a parameter's name and value, and w
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def resolve_model(path: str) -> Path:
+def resolve_model(path: str | Path) -> Path:
     """The folder of a model: a local folder (from here, then from the checkout), else a repository of the hub.
 
     A hub repository is downloaded once, into the cache of `huggingface_hub`; it needs the network the first time.
@@ -58,6 +58,7 @@ def resolve_model(path: str) -> Path:
     Raises:
         CheckpointError: no such folder, and no such repository within reach.
     """
+    path = str(path)
     for folder in (Path(path).expanduser(), _CHECKOUT / path):
         if folder.is_dir():
             return folder
@@ -123,7 +124,7 @@ def _check_dtypes(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> None:
 
 def load_weights(
     model: HybridMoEForCausalLM,
-    folder: Path,
+    folder: str | Path,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = lambda line: None,
@@ -148,6 +149,7 @@ def load_weights(
     Raises:
         CheckpointError: the folder does not hold this model, or a number of it is infinite or undefined.
     """
+    folder = Path(folder)
     checkpoint = open_checkpoint(folder)
     slots = match(checkpoint, model.settings)
     _check_tied(checkpoint, model.settings)
@@ -287,7 +289,7 @@ def _check_tied(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
 
 def from_pretrained(
-    folder: Path,
+    folder: str | Path,
     *,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
@@ -303,6 +305,7 @@ def from_pretrained(
         CheckpointError: the weights do not fit the configuration.
         ConfigError: no configuration, or one of another model.
     """
+    folder = Path(folder)
     config = ModelConfig.from_folder(folder)
     with init_empty_weights(include_buffers=True):
         model = HybridMoEForCausalLM(config, experts)
@@ -313,9 +316,9 @@ def from_pretrained(
 
 def save_pretrained(
     model: HybridMoEForCausalLM,
-    folder: Path,
+    folder: str | Path,
     *,
-    base: Path | None = None,
+    base: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> None:
@@ -329,6 +332,8 @@ def save_pretrained(
     Raises:
         CheckpointError: `folder` is not free, `base` is not a checkpoint of this model, or the disk refused.
     """
+    folder = Path(folder)
+    base = Path(base) if base is not None else None
     config = model.settings
     assert model.local_experts == range(config.num_experts), "a rank that holds some experts cannot write them all"
     origin = open_checkpoint(base) if base is not None else None
@@ -361,38 +366,3 @@ def save_pretrained(
             first = next(iter(entries.values())).dtype
             write_json(partial / "config.json", released_config(config, first))
         write_shards(partial, entries, read, max_shard_bytes)
-
-
-def released_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """A `config.json` in the spelling of the released ones.
-
-    The rotary settings are at the top, where transformers 4 reads them (it ignores the `rope_parameters` of version 5
-    and falls back to a base of 10,000 without a word); version 5 reads both. The layer types are written as an
-    interval where one makes them, and in full otherwise.
-    """
-    interval = next(
-        (
-            every
-            for every in range(1, config.num_hidden_layers + 2)
-            if all(
-                (mixer == "full_attention") == ((layer + 1) % every == 0)
-                for layer, mixer in enumerate(config.layer_types)
-            )
-        ),
-        None,
-    )
-    layers = {"full_attention_interval": interval} if interval else {"layer_types": list(config.layer_types)}
-    values = {name: value for name, value in vars(config).items() if name != "layer_types"}
-    return {
-        "architectures": ["Qwen3NextForCausalLM"],
-        "model_type": "qwen3_next",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rope_scaling": None,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-        **values,
-        "mlp_only_layers": list(config.mlp_only_layers),
-        **layers,
-    }

@@ -95,12 +95,13 @@ class ModelConfig:
         return problems
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "ModelConfig":
+    def from_folder(cls, folder: str | Path) -> "ModelConfig":
         """The configuration in `folder/config.json`.
 
         Raises:
             ConfigError: no such file, not JSON, another model family, or a feature that this model does not have.
         """
+        folder = Path(folder)
         path = folder / "config.json"
         try:
             values = read_json(path, _MOST_FILE_BYTES)

@@ -1,0 +1,42 @@
+"""The `config.json` of a checkpoint that is written without a base, in the spelling of the released ones."""
+
+from typing import Any
+
+import torch
+
+from finetune.model.config import ModelConfig
+
+
+def released_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """A `config.json` in the spelling of the released ones.
+
+    The rotary settings are at the top, where transformers 4 reads them (it ignores the `rope_parameters` of version 5
+    and falls back to a base of 10,000 without a word); version 5 reads both. The layer types are written as an
+    interval where one makes them, and in full otherwise.
+    """
+    interval = next(
+        (
+            every
+            for every in range(1, config.num_hidden_layers + 2)
+            if all(
+                (mixer == "full_attention") == ((layer + 1) % every == 0)
+                for layer, mixer in enumerate(config.layer_types)
+            )
+        ),
+        None,
+    )
+    layers = {"full_attention_interval": interval} if interval else {"layer_types": list(config.layer_types)}
+    values = {name: value for name, value in vars(config).items() if name != "layer_types"}
+    return {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_scaling": None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "use_cache": True,
+        **values,
+        "mlp_only_layers": list(config.mlp_only_layers),
+        **layers,
+    }
