@@ -118,6 +118,7 @@ class Run:
             self.journal.write({"kind": "action", "step": self.step, "message": early})
             facts |= {"reason": early, "stopped_early": early_stopping_of(recipe)}
         self.journal.write({"kind": "end", "step": self.step})
+        self.journal.close()  # a complete run is not started again, which would find what a kill kept from W&B
         if self.world.is_main:
             mark_finished(self.folder, facts)
         self.world.barrier()

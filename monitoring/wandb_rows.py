@@ -36,7 +36,8 @@ def take_back_rows(wandb_folder: Path, run_id: str, after: int) -> int | None:
     with a message. -1 if no part holds a row, None if it cannot be told.
     """
     parts = sorted(wandb_folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    last: int | None = -1 if parts else None
+    online = any(wandb_folder.glob(f"run-*-{run_id}"))  # its rows are with W&B alone
+    last: int | None = -1 if parts and not online else None
     for path in parts:
         try:
             records = [(record, _step_of_row(record)) for record in read_log(path.read_bytes())]

@@ -1,7 +1,8 @@
 """The W&B sink: scalars, one histogram of expert load a layer, a heat-map, alerts. Offline unless told otherwise.
 
 An offline run needs no account and no network; `wandb sync` sends it later. A resumed run keeps its id, so that its
-parts become one run when they are sent.
+parts become one run when they are sent. Of the steps that a run takes again after a kill, an offline run holds the
+later rows (monitoring/wandb_rows.py), an online one the earlier, since W&B ignores a row of a step that it has.
 """
 
 import logging

@@ -505,7 +505,7 @@ def test_an_older_checkpoint_is_exported_only_when_it_is_named(which, lost, tmp_
         assert chosen_checkpoint(root, which, told.append) == root / "step-10"  # nothing is left that tells of step 20
     sentence = (
         f"{root}/step-20: the newest checkpoint of the run is {lost.split()[0]}; the training command makes it again"
-        " from step-10, or export an older one by name: --checkpoint step-10"
+        " from step-10; an older one is used only by its name; there are step-10"
     )
     with pytest.raises(CheckpointError, match=re.escape(sentence)):
         chosen_checkpoint(root, which, told.append, finished=20)

@@ -115,6 +115,8 @@ def test_a_slow_sink_holds_up_neither_the_training_nor_the_others_and_misses_not
     assert (quick.calls, slow.calls) == ([1, 2, 3, "routing", 4], [])
     held.set()
     sinks.close()
+    sinks.close()
+    sinks.write(train(5))  # goes nowhere
     assert quick.calls == slow.calls == [1, 2, 3, "routing", 4, "close"]
     assert len(slow.threads) == 1
     assert threading.current_thread() not in slow.threads

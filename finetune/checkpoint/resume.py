@@ -144,8 +144,7 @@ def chosen_checkpoint(
             lost = root / f"step-{last}"
             raise CheckpointError(
                 f"{lost}: the newest checkpoint of the run is {'damaged' if lost.exists() else 'gone'}; the training"
-                f" command makes it again from {newest.name}, or export an older one by name:"
-                f" --checkpoint {newest.name}"
+                f" command makes it again from {newest.name}; an older one is used only by its name; {_there_are(root)}"
             )
         if which == "newest":
             return newest
@@ -171,8 +170,8 @@ def _best(newest: Path, root: Path, say: Callable[[str], None]) -> str:
     if best["step"] == 0:
         raise CheckpointError(
             f"{root.parent}: has no best checkpoint, since training never improved on the base (the held-out loss of"
-            f" {best['loss']:.4f} before the first step is the lowest); use the base as it is, or export what was"
-            f" trained by --checkpoint newest or step-N; {_there_are(root)}"
+            f" {best['loss']:.4f} before the first step is the lowest); use the base as it is, or name newest or"
+            f" step-N; {_there_are(root)}"
         )
     if not (root / name).is_dir():
         raise CheckpointError(
