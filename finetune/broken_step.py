@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from data.packing import Batch
+from finetune.checkpoint.finite import all_finite, described
 from finetune.checkpoint.folder import save_tensors, whole_folder, write_json
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.parallel.world import World
@@ -67,6 +68,24 @@ def origin(losses: Tensor, packs: Tensor) -> str:
     ]
     more = f" and {len(places) - MOST_NAMED} more" if len(places) > MOST_NAMED else ""
     return f"the loss is not finite on {', '.join(named)}{more}, of {losses.numel()}"
+
+
+@torch.no_grad()
+def broken_weights(model: HybridMoEForCausalLM, world: World) -> str | None:
+    """Which parameters hold infinite or undefined numbers on any rank, in words; None if all are finite. Collective.
+
+    What was read of the base was finite, or the run would not have begun.
+    """
+    mine = [f"{name} ({described(p)})" for name, p in model.named_parameters() if not all_finite(p.detach())]
+    everyone = cast(list[list[str]], world.gather(mine))
+    found = [f"{name} on rank {rank}" for rank, names in enumerate(everyone) for name in names]
+    if not found:
+        return None
+    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    return (
+        f"{len(found)} weights hold infinite or undefined numbers, which they did not when they were loaded:"
+        f" {', '.join(found[:MOST_NAMED])}{more}"
+    )
 
 
 def keep_batch(

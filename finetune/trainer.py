@@ -12,7 +12,7 @@ import torch
 from data.packing import Batch
 from finetune import engine as engines
 from finetune.assembly import Say, assemble
-from finetune.broken_step import MOST_IN_A_ROW, LeftOut, keep_batch, losses_of_packs, origin
+from finetune.broken_step import MOST_IN_A_ROW, LeftOut, broken_weights, keep_batch, losses_of_packs, origin
 from finetune.checkpoint.fingerprint import fingerprint
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_name
@@ -133,7 +133,9 @@ class Run:
         left_out.total += 1
         left_out.in_a_row += 1
         losses = losses_of_packs(self.model, batches, self.world)
-        found = f"step {self.step}: the loss or the gradient is not finite: {origin(losses, packs)}"
+        weights = broken_weights(self.model, self.world)
+        why = origin(losses, packs) if weights is None else weights
+        found = f"step {self.step}: the loss or the gradient is not finite: {why}"
         stopping = self.recipe.train.on_nan == "stop" or left_out.in_a_row == MOST_IN_A_ROW
         message = found if stopping else f"{found}; the step is skipped, and changed nothing that trains"
         self.journal.write(Finding(self.step, "stop" if stopping else "warn", "not_finite", None, message).record())
@@ -151,6 +153,8 @@ class Run:
             if self.recipe.train.on_nan == "stop"
             else f"{MOST_IN_A_ROW} steps in a row are no accident of the data; lower optim.lr, or look at the weights"
         )
+        if weights is not None:
+            advice = "the batch and optim.lr are not the reason; check the memory of the device"
         raise TrainingError(f"{found}; {where}; {newest}; the same command comes to this step again; {advice}")
 
     def _facts_of_step(self) -> dict[str, Any]:
@@ -198,9 +202,10 @@ class Run:
             return False
         with self.reports.clock.stopped():
             result = held_out(self.model, self.evaluation, self.world)
-        self.journal.write(
-            {"kind": "eval", "step": self.step, "loss": result.loss, "tokens": result.tokens, "parts": result.parts}
-        )
+        record = {"kind": "eval", "step": self.step, **asdict(result)}
+        if not math.isfinite(result.loss):
+            record["broken_weights"] = broken_weights(self.model, self.world)
+        self.journal.write(record)
         self._stop_if_told()
         self.early_stopping.see(result.loss, self.recipe.train)
         is_best = result.loss < (self.best["loss"] if self.best else math.inf)

@@ -141,19 +141,21 @@ def _severity(level: Level | None) -> int:
     return LEVELS.index(level) if level else -1
 
 
+def _why(record: Record) -> str:
+    if record.get("broken_weights"):
+        return record["broken_weights"]
+    if record["kind"] != "eval":
+        return "the weights are lost or about to be; resume from the last checkpoint with a lower optim.lr"
+    rows = "other rows in data.eval" if record["step"] else "another copy of the base, or other rows in data.eval"
+    return f"every weight is finite, so numbers overflow on the way through the model; try {rows}"
+
+
 def not_finite(record: Record, history: History) -> Iterator[Finding]:
     """A loss or gradient norm that is NaN or infinite."""
     for key in ("loss", "grad_norm", "balance_loss", "z_loss"):
         value = record.get(key)
         if value is not None and not math.isfinite(value):
-            message = f"{key} is {value} at step {record['step']}: "
-            if record["step"]:
-                message += "the weights are lost or about to be; resume from the last checkpoint with a lower optim.lr"
-            else:
-                message += (
-                    "nothing was trained yet, so the base weights or the held-out rows are the reason, and not the"
-                    " optimizer; try another copy of the base, or other rows in data.eval"
-                )
+            message = f"{key} is {value} at step {record['step']}: {_why(record)}"
             yield Finding(record["step"], "stop", "not_finite", None, message)
             return  # the others are not finite for the same reason
 

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from data.dataset import Dataset
 from data.loader import EvaluationBatches
 from data.packing import Batch
+from finetune.broken_step import broken_weights
 from finetune.evaluation import HeldOut, compare_routing, held_out, probe_routing
 from finetune.lora import base_model, inject
 from finetune.model.config import ModelConfig
-from finetune.model.model import HybridMoEForCausalLM
+from finetune.model.model import HybridMoEForCausalLM, initialise
 from finetune.parallel.world import World
 from finetune.recipe_sections import MIXER_TARGETS
 from monitoring.paired import paired_change
@@ -273,3 +274,25 @@ def test_with_equal_tokens_the_error_is_that_of_a_mean() -> None:
 )
 def test_what_cannot_be_paired_has_no_error(before: list[tuple[float, int]], after: list[tuple[float, int]]) -> None:
     assert paired_change(before, after) is None
+
+
+def broken_on_rank_1(rank: int) -> str | None:
+    from finetune.parallel import world as worlds
+
+    world = worlds.start(2)
+    model = HybridMoEForCausalLM(CONFIG, world.experts(8))
+    initialise(model, 0)
+    assert broken_weights(model, world) is None
+    if rank == 1:
+        with torch.no_grad():
+            model.model.layers[2].mlp.experts.down_proj[1, 2, 3] = math.nan
+            model.lm_head.weight[5, 6] = math.inf
+    return broken_weights(model, world)
+
+
+def test_weights_that_are_no_longer_finite_are_named_on_every_rank() -> None:
+    found, same = ranks(2, broken_on_rank_1)
+    assert found == same
+    assert found.startswith("2 weights hold infinite or undefined numbers, which they did not when they were loaded: ")
+    assert "layers.2.mlp.experts.down_proj (1 of 2,048 numbers, the first at [1, 2, 3]) on rank 1" in found
+    assert "lm_head.weight (1 of 3,072 numbers, the first at [5, 6]) on rank 1" in found

@@ -254,8 +254,13 @@ def test_a_finding_is_a_line_of_the_file():
 
 
 def test_a_loss_that_is_not_finite_before_the_first_step_is_not_blamed_on_the_optimizer() -> None:
-    (before,) = Health().check({"kind": "eval", "step": 0, "loss": math.nan})
-    (later,) = Health().check({"kind": "eval", "step": 5, "loss": math.nan})
-    assert "nothing was trained yet, so the base weights or the held-out rows are the reason" in before.message
-    assert "optim.lr" not in before.message
+    for step in (0, 5):
+        record = {"kind": "eval", "step": step, "loss": math.nan}
+        (overflow,) = Health().check({**record, "broken_weights": None})
+        assert "every weight is finite, so numbers overflow on the way through the model; try " in overflow.message
+        assert ("another copy of the base" in overflow.message) == (step == 0)
+        (broken,) = Health().check({**record, "broken_weights": "1 weights hold undefined numbers: model.norm.weight"})
+        assert broken.message == f"loss is nan at step {step}: 1 weights hold undefined numbers: model.norm.weight"
+        assert "optim.lr" not in overflow.message + broken.message
+    (later,) = Health().check(train(5, loss=math.nan))
     assert "resume from the last checkpoint with a lower optim.lr" in later.message
