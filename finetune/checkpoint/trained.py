@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from finetune.checkpoint.finite import all_finite
 from finetune.checkpoint.layout import CheckpointError, Shape, Slot, is_expert_parameter, parameter_shapes
 from finetune.checkpoint.shards import listed
 from finetune.model.config import ModelConfig
@@ -209,7 +210,7 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
             f"{name}: the base stores it as {dtype}, into which nothing can be merged; use another base"
         )
     result = value.to("cpu", dtype).contiguous()
-    if not result.isfinite().all():
+    if not all_finite(result):
         raise CheckpointError(
             f"{name}: holds infinite or undefined numbers after training; resume an earlier checkpoint"
         )

@@ -23,6 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from finetune.checkpoint.finite import all_finite
 from finetune.checkpoint.folder import sync, write_json
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.manifest import MANIFEST, STEP, hash_of_values, step_of
@@ -179,7 +180,7 @@ def _before(root: Path, step: int) -> str:
 
 
 def _write_part(partial: Path, rank: int, tensors: dict[str, Tensor], progress: Callable[[], None]) -> None:
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    broken = [name for name, tensor in tensors.items() if not all_finite(tensor)]
     if broken:
         raise CheckpointError(f"{partial}: not written, not finite on rank {rank}: {listed(broken)}")
     path = partial / f"part-{rank:05d}.safetensors"
