@@ -125,7 +125,7 @@ def held_out_sentences(records: Sequence[Mapping[str, Any]]) -> list[str]:
     line = f"held-out loss: {before['loss']:.4f} before, {after['loss']:.4f} after {after['step']} steps"
     better = any(record["loss"] is not None and record["loss"] < before["loss"] for record in evaluations[1:])
     worse = [NEVER_BETTER] if before["step"] == 0 and not better else []
-    change = paired_change(before["parts"], after["parts"])
+    change = paired_change(before.get("parts", []), after.get("parts", []))
     if change is None:
         return [f"{line} (no standard error: it needs two or more batches that are the same in both)", *worse]
     mean, error = change

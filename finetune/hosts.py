@@ -57,7 +57,7 @@ def read_hostfile(path: Path) -> list[Host]:
         words = line.partition("#")[0].strip()
         if not words:
             continue
-        found = re.fullmatch(r"(\S+)\s+slots=([1-9]\d{0,4})", words, re.ASCII)
+        found = re.fullmatch(r"([^\s-]\S*)\s+slots=([1-9]\d{0,4})", words, re.ASCII)
         if found is None:
             raise HostError(f"{path}:{number}: {shown(words)} is not NAME slots=N, such as node1 slots=8")
         if found[1] in [host.name for host in hosts]:

@@ -28,10 +28,13 @@ from typing import Any
 import numpy as np
 
 from monitoring.files import MonitoringError
+from monitoring.json_file import FileError, FormError, MissingFileError, load_text, read_bytes
+from monitoring.lines import problem_of
 from monitoring.routing import RoutingSnapshot
 from monitoring.supersede import aside_of, supersede_lines
 
 Record = Mapping[str, Any]
+MOST_BYTES = 4 << 30  # a line takes a few KB
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +113,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        whole, _, _ = path.read_bytes().rpartition(b"\n")
-    except FileNotFoundError:
+        whole, _, _ = read_bytes(path, MOST_BYTES).rpartition(b"\n")
+    except MissingFileError:
         raise MonitoringError(f"{path}: no such file; is this the folder of a run?") from None
+    except FileError as error:
+        raise MonitoringError(str(error)) from None
     records: list[dict[str, Any]] = []
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         record = _parse(line, f"{path}:{number}")
@@ -125,9 +130,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise MonitoringError(f"{where}: not JSON ({error}); delete the line to go on without it") from None
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        raise MonitoringError(f"{where}: not an object with a `kind`; delete the line to go on without it")
+        record = load_text(line.decode())
+    except UnicodeDecodeError:
+        raise MonitoringError(f"{where}: not UTF-8; delete the line to go on without it") from None
+    except FormError as error:
+        raise MonitoringError(f"{where}: {error}; delete the line to go on without it") from None
+    problem = problem_of(record)
+    if problem is not None:
+        raise MonitoringError(f"{where}: {problem}; delete the line to go on without it")
+    assert isinstance(record, dict)
     return record

@@ -8,7 +8,10 @@ and do not judge; what moved is told by `routing_drift`, on the same tokens thro
 """
 
 import io
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monitoring.files import MonitoringError, replace_file
+from monitoring.json_file import FileError, MissingFileError, read_bytes
 
+# What numpy, zipfile and zlib raise for an archive whose bytes were changed.
+DAMAGED = (
+    *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, tokenize.TokenError, struct.error, EOFError, KeyError),
+    *(ValueError, TypeError, OSError, SyntaxError, RuntimeError, OverflowError, MemoryError, IndexError),
+)
 STARVED_BELOW = 0.01  # of the mean load
 ALIVE_IN_BASE_ROWS = 5  # fewer rows than this can vanish from a probe by chance
 
@@ -237,10 +246,18 @@ def read_snapshot(path: str | Path) -> RoutingSnapshot:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            layers = tuple(stored["layers"].tolist())
-            return RoutingSnapshot(int(stored["step"]), layers, stored["counts"], int(stored["tokens"]))
-    except FileNotFoundError:
+        contents = read_bytes(path)
+        with np.load(io.BytesIO(contents), allow_pickle=False) as stored:
+            step, layers, counts, tokens = (stored[name] for name in ("step", "layers", "counts", "tokens"))
+    except MissingFileError:
         raise MonitoringError(f"{path}: no such file; is the run folder complete?") from None
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+    except FileError as error:
+        raise MonitoringError(str(error)) from None
+    except DAMAGED as error:
         raise MonitoringError(f"{path}: not a routing snapshot ({error}); delete it to go on without it") from None
+    are_numbers = all(array.dtype.kind in "iu" for array in (step, layers, counts, tokens))
+    if not are_numbers or step.ndim or tokens.ndim or not (counts.ndim == 2 and layers.shape == counts.shape[:1]):
+        raise MonitoringError(f"{path}: not a routing snapshot (its arrays do not fit); delete it to go on without it")
+    if not 0 < layers.size == np.unique(layers).size or min(layers.min(), counts.min(initial=0), step, tokens) < 0:
+        raise MonitoringError(f"{path}: not a routing snapshot (negative counts); delete it to go on without it")
+    return RoutingSnapshot(int(step), tuple(layers.tolist()), counts, int(tokens))

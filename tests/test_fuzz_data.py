@@ -65,7 +65,7 @@ def use(path: Path, kind: Format, tokenizer: Tokenizer, template: ChatTemplate) 
         assert document.ids.max(initial=0) < tokenizer.vocab_size
 
 
-@few_and_many(80)
+@few_and_many(50)
 def test_rows(tmp_path: Path, tokenizer: Tokenizer, template: ChatTemplate, examples: int) -> None:
     def check(drawn: tuple[bytes, str, Format]) -> None:
         content, name, kind = drawn
@@ -98,7 +98,7 @@ def test_packed_rows(tmp_path: Path, tokenizer: Tokenizer, template: ChatTemplat
     fuzz(check, changed_bytes(valid), examples)
 
 
-@few_and_many(80)
+@few_and_many(50)
 def test_columns_of_other_types(tokenizer: Tokenizer, template: ChatTemplate, examples: int) -> None:
     """Rows that any container may give, such as one whose values are no JSON."""
     odd = [b"bytes", np.float64("nan"), (1, 2), {1: 2}, 1 + 2j, float("inf"), {"role": b"user"}]
