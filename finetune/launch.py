@@ -131,7 +131,9 @@ def lost(folder: Path, step: int | None, error: Exception) -> str:
         if any(stacks.glob("rank*.stack")):
             what += f"; the stacks of all ranks are in {stacks}/"
     return f"{what} ({str(error).splitlines()[0].rstrip('. ')}); " + (
-        f"the same command, or one with fewer hosts, continues from {kept}" if kept else "there is no checkpoint yet"
+        f"the same command, or one with fewer hosts, continues from {kept}, or if that is damaged from one before it"
+        if kept
+        else "there is no checkpoint yet"
     )
 
 

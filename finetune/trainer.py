@@ -179,7 +179,7 @@ class Run:
         except RankError as error:  # on all ranks; it must not hide why the run ends
             broken = f"{error}; "
         kept = newest_name(self.folder / "checkpoints")
-        return broken + (f"the newest whole checkpoint is {kept}" if kept else "there is no checkpoint yet")
+        return broken + (f"the newest checkpoint is {kept}" if kept else "there is no checkpoint yet")
 
     def _asked_to_stop(self) -> str | None:
         """Why this run is to end in order now, if any rank has been told so. Two numbers are communicated.

@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_a_number_stops_before_a_checkpoint_keeps_it(here: Pl
     assert newest is not None
     assert newest.name == f"step-{step - 1}"
     assert all(tensor.isfinite().all() for tensor in open_state(newest)[1].values())
-    assert f"the newest whole checkpoint is {newest}" in message
+    assert f"the newest checkpoint is {newest}" in message
     assert not (folder / "finished.json").exists()
 
 

@@ -78,7 +78,7 @@ def test_a_run_whose_disk_fills_up_goes_on_as_if_it_had_not(here: Place, undistu
         assert "Traceback" not in done.out + done.err
         told = re.findall(r"nextune: (.*)", done.err)
         assert len(told) == 1, done.err
-        full = r"checkpoints/step-8: rank \d could not write it \(.*No space left on device.*before it are whole"
+        full = r"checkpoints/step-8: rank \d could not write it \(.*No space left on device.*before it were not touched"
         assert re.search(full, told[0]), told
         assert newest_checkpoint(folder / "checkpoints") == (folder / "checkpoints/step-6", [])
         assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]

@@ -407,7 +407,22 @@ def test_what_does_not_read_back_is_never_given_its_name(what, bases, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["weights", "rank", "target"])
+def test_a_new_checkpoint_that_does_not_read_back_is_never_given_its_name(bases, tmp_path, monkeypatch):
+    write = merged.write_shards
+
+    def on_a_bad_disk(folder, *rest):
+        write(folder, *rest)
+        flip(*place_of(folder, "model.norm.weight"))
+
+    monkeypatch.setattr(merged, "write_shards", on_a_bad_disk)
+    theirs = transformers_model(VALUES["base"])
+    _, replaced = split_trained(training_state(theirs), alpha=0.0, dropout=0.0)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight not read back as written; check the disk"):
+        export_merged(bases("base"), tmp_path / "out", adapter=None, replaced=replaced, from_base=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["weights", "rank", "alpha", "scale", "target"])
 def test_an_adapter_that_does_not_read_back_is_never_given_its_name(what, bases, tmp_path, monkeypatch):
     check = adapter._check
 
@@ -416,7 +431,12 @@ def test_an_adapter_that_does_not_read_back_is_never_given_its_name(what, bases,
             flip(folder / adapter.WEIGHTS, -1)
         else:
             path = folder / adapter.CONFIG
-            pair = {"rank": ('"r": 3', '"r": 2'), "target": ("q_proj", "k_proj")}[what]
+            pair = {
+                "rank": ('"r": 3', '"r": 2'),
+                "alpha": ('"lora_alpha": 5', '"lora_alpha": 6'),
+                "scale": ('"use_rslora": false', '"use_rslora": true'),
+                "target": ("q_proj", "k_proj"),
+            }[what]
             path.write_text(path.read_text().replace(*pair))
         check(folder, *rest)
 

@@ -124,3 +124,26 @@ def test_a_folder_is_replaced_only_with_leave(tmp_path: Path) -> None:
     ):
         pass
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+@pytest.mark.parametrize("deletable", [True, False])
+def test_what_is_left_of_a_failed_write_is_said(
+    tmp_path: Path, deletable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not deletable:
+        monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: None)
+
+    def write_half() -> None:
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / "half").touch()
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError) as raised:
+        write_half()
+    beside = tmp_path / f"out{TEMPORARY}"
+    left = "nothing is left of it" if deletable else f"what is left of it is in {beside}"
+    assert str(raised.value).endswith(f"No space left on device); {left}")
+    assert beside.exists() != deletable
+    monkeypatch.undo()
+    write(tmp_path / "out")
+    assert not beside.exists()

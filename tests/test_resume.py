@@ -452,7 +452,9 @@ def test_the_step_goes_on_while_the_disk_is_slow(tmp_path, monkeypatch):
     writer.begin(30, part_of(0, 1, 30), {})
     writer.wait()
     assert (writer.busy, writer.failed) == (False, True)
-    with pytest.raises(CheckpointError, match=r"step-30: rank 0 could not write it .*I/O error.*before it are whole"):
+    with pytest.raises(
+        CheckpointError, match=r"step-30: rank 0 could not write it .*I/O error.*before it were not touched"
+    ):
         writer.finish()
     writer.close()
     first = Writer(tmp_path / "new", rank=0, ranks=1, token="test", keep=1)

@@ -89,7 +89,7 @@ def test_an_orderly_stop_finishes_the_checkpoint_that_is_being_written(here: Pla
     assert done.code == 2, done.out + done.err
     folder = here.run_folder("stopped")
     assert newest_checkpoint(folder / "checkpoints") == (folder / "checkpoints/step-1", [])
-    assert f"the newest whole checkpoint is {folder}/checkpoints/step-1" in done.err
+    assert f"the newest checkpoint is {folder}/checkpoints/step-1" in done.err
     assert [line["step"] for line in records(folder, "checkpoint")] == [1]
     assert not list(folder.rglob("*.tmp"))
     replayed_as_then(folder, base, here.folder / "base")

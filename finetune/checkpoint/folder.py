@@ -55,10 +55,11 @@ def whole_folder(to: str | Path, *, check_replaceable: Callable[[Path], None] | 
         _put(content, to, partial / _REPLACED)
         sync(to.parent)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{to}: could not be written ({error}); nothing is left of it") from error
+        _delete(partial)
+        left = f"what is left of it is in {partial}" if partial.exists() else "nothing is left of it"
+        raise CheckpointError(f"{to}: could not be written ({error}); {left}") from error
     finally:
-        with suppress(OSError):  # what stays is known as ours and deleted by the next write
-            _delete(partial)
+        _delete(partial)
         held.release()
 
 
@@ -104,12 +105,16 @@ def _put(content: Path, to: Path, replaced: Path) -> None:
 
 
 def _delete(partial: Path) -> None:
-    """The marker last, so that a process that is killed meanwhile leaves a folder that is known as ours."""
+    """The marker last, so that a process that is killed meanwhile leaves a folder that is known as ours.
+
+    What cannot be deleted stays, and the next write tries again.
+    """
     for name in (_CONTENT, _REPLACED):
         shutil.rmtree(partial / name, ignore_errors=True)
-    if not {path.name for path in partial.iterdir()} - {_MARKER}:
-        (partial / _MARKER).unlink(missing_ok=True)
-        partial.rmdir()
+    with suppress(OSError):
+        if not {path.name for path in partial.iterdir()} - {_MARKER}:
+            (partial / _MARKER).unlink(missing_ok=True)
+            partial.rmdir()
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

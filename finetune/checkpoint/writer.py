@@ -176,7 +176,7 @@ def _before(root: Path, step: int) -> str:
     """What a run can still go on from, when the checkpoint of this step came to nothing."""
     whole = [path for path in root.glob("step-*") if STEP.fullmatch(path.name) and (path / MANIFEST).exists()]
     older = [path for path in whole if step_of(path) < step]
-    return "the checkpoints before it are whole" if older else "there is no checkpoint before it"
+    return "the checkpoints before it were not touched" if older else "there is no checkpoint before it"
 
 
 def _write_part(partial: Path, rank: int, tensors: dict[str, Tensor], progress: Callable[[], None]) -> None:
