@@ -11,6 +11,7 @@ import platform
 import secrets
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -25,8 +26,13 @@ PACKAGES = ("finetune", "data", "monitoring")
 SECONDS_TO_APPEAR = 20  # of a new file on another machine: a network disk keeps what it knows for a few seconds
 
 
-def check_agreement(recipe: Recipe, folder: Path, base: Path, world: World) -> None:
+def check_agreement(recipe: Recipe, folder: Path, base: Path, world: World) -> str:
     """Make sure that all ranks have the same programs, recipe and base weights, and see one run folder. Collective.
+
+    One rank of each host looks into the base weights.
+
+    Returns:
+        The fingerprint of the base weights.
 
     Raises:
         RankError: on all ranks; says what differs between which hosts, or which hosts have another disk, or that the
@@ -36,31 +42,38 @@ def check_agreement(recipe: Recipe, folder: Path, base: Path, world: World) -> N
         "Python and its libraries": ", ".join([platform.python_version(), *_versions()]),
         f"the code in {CHECKOUT}": _digest_of_code(),
         "the recipe": hashlib.sha256(dump(recipe).encode()).hexdigest(),
-        f"the base model in {base}": fingerprint(base),
+        f"the base model in {base}": fingerprint(base) if world.leads_host else None,
     }
-    refuse_differences(facts, world)
+    *_, base_now = refuse_differences(facts, world).values()
     _check_shared(folder, world)
+    assert base_now is not None, "rank 0 leads its host"
+    return base_now
 
 
-def refuse_differences(facts: dict[str, str], world: World) -> None:
+def refuse_differences(facts: Mapping[str, str | None], world: World) -> dict[str, str | None]:
     """End the run if a rank has another value of a fact than rank 0. Collective.
 
     Args:
-        facts: by what they say, in words that fit the sentence `X on HOST differs`.
+        facts: by what they say, in words that fit the sentence `X on HOST differs`; None where another rank of the
+            host looks.
+
+    Returns:
+        The facts of rank 0.
 
     Raises:
         RankError: the first fact that differs, and where.
     """
-    everyone = cast(list[tuple[str, dict[str, str]]], world.gather((socket.gethostname(), facts)))
+    everyone = cast(list[tuple[str, dict[str, str | None]]], world.gather((socket.gethostname(), facts)))
     first_host, expected = everyone[0]
     for rank, (host, found) in enumerate(everyone):
         for (name, value), (name_there, value_there) in zip(expected.items(), found.items(), strict=True):
-            if (name, value) != (name_there, value_there):
+            if name != name_there or value_there not in (None, value):
                 values = f" ({_short(value_there)} there, {_short(value)} here)"
                 raise RankError(
                     f"{name_there} on {host} (rank {rank}) differs from {name} on {first_host} (rank 0){values}; every"
                     " host needs the same, from a shared disk or as an exact copy"
                 )
+    return expected
 
 
 def _check_shared(folder: Path, world: World) -> None:
@@ -110,5 +123,5 @@ def _digest_of_code() -> str:
     return digest.hexdigest()
 
 
-def _short(value: str) -> str:
-    return value if "," in value else value[:12]
+def _short(value: str | None) -> str:
+    return "not looked at" if value is None else value if "," in value else value[:12]

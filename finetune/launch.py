@@ -86,14 +86,14 @@ def _run(recipe: Recipe, folder: Path, base: Path, world: worlds.World, say: Say
     run, watch = None, Watch(folder, world.rank, STALL_SECONDS)
 
     try:
-        check_agreement(recipe, folder, base, world)
+        base_now = check_agreement(recipe, folder, base, world)
         with world.together(RecipeError):
             if world.is_main and folder.exists():
                 hold(folder).release()  # before a second copy of a large model could take the memory of the first
         watch.begin()
         worlds.set_timeouts()  # from now on the watch finds every hang
         say(f"{recipe.name}: {world.size} rank(s), expert parallel {world.expert_size}; the run is in {folder}")
-        run = Run(recipe, folder, base, world, say, watch)
+        run = Run(recipe, folder, base, base_now, world, say, watch)
         watch.heed_signals(launcher)
         run.train()
     except Exception as error:

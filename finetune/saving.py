@@ -135,6 +135,7 @@ def resume(
     world: World,
     *,
     base: Path,
+    base_now: str,
     say: Say,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], TensorStore] | None:
@@ -143,6 +144,7 @@ def resume(
     Args:
         folder: of the run.
         base: folder of the base weights that the run stands on.
+        base_now: their fingerprint.
         recipe: of this start; what defines a run in it must be as a checkpoint of this run has it.
         progress: called after each piece that is hashed and each tensor that is read.
 
@@ -167,7 +169,7 @@ def resume(
         state, tensors = open_state(start.checkpoint)
         if not start.of_another_run:
             _check_recipe(recipe, state, start.checkpoint)
-        if not is_of(state["base"], base):
+        if not is_of(state["base"], base, base_now):
             raise CheckpointError(
                 f"{start.checkpoint}: belongs to other base weights than {recipe.model.path} holds now; put them back,"
                 " or start a new run under another name"

@@ -13,7 +13,6 @@ from data.packing import Batch
 from finetune import engine as engines
 from finetune.assembly import Say, assemble
 from finetune.broken_step import MOST_IN_A_ROW, LeftOut, broken_weights, keep_batch, losses_of_packs, origin
-from finetune.checkpoint.fingerprint import fingerprint
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_name
 from finetune.early_stopping import EarlyStopping
@@ -43,9 +42,15 @@ class TrainingError(ValueError):
 class Run:
     """One run on this rank, from its assembly to its end; `train` is the order of events."""
 
-    def __init__(self, recipe: Recipe, folder: Path, base: Path, world: World, say: Say, watch: Watch):
+    def __init__(self, recipe: Recipe, folder: Path, base: Path, base_now: str, world: World, say: Say, watch: Watch):
+        """Put the run together, and go on from its newest checkpoint. Collective.
+
+        Args:
+            base: folder of the base weights.
+            base_now: their fingerprint.
+        """
         self.recipe, self.folder, self.world = recipe, folder, world
-        self.base, self.base_folder, self.watch = fingerprint(base), base, watch
+        self.base, self.base_folder, self.watch = base_now, base, watch
         parts = assemble(recipe, base, world, say, watch.beat)
         self.recipe, sentences = with_steps(recipe, parts.train_packs)
         for sentence in sentences:
@@ -297,6 +302,7 @@ class Run:
             self.loader,
             self.world,
             base=self.base_folder,
+            base_now=self.base,
             say=say,
             progress=self.watch.beat,
         )

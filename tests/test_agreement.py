@@ -1,5 +1,6 @@
 """Ranks that differ in programs, data or disk are told so before they train; fewer ranks share the experts out."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from finetune import agreement
 from finetune.agreement import check_agreement, refuse_differences
+from finetune.checkpoint.fingerprint import fingerprint
 from finetune.failure import LostRankError, is_told, tell, told_by_every_host
 from finetune.launch import is_lost_connection, is_timeout, lost
 from finetune.parallel import world as worlds
@@ -35,6 +37,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 def told(rank: int, folder: Path) -> dict[str, str | None]:
     """What this rank is told in each case."""
+    os.environ["LOCAL_RANK"] = "0"  # each on a host of its own
     world = worlds.start(1)
     answers: dict[str, str | None] = {}
     agreement.SECONDS_TO_APPEAR = 1  # in this process, which is the rank's own
@@ -71,6 +74,27 @@ def answers(folder: Path) -> dict[str, str | None]:
 
 def test_ranks_with_the_same_of_everything_go_on(answers: dict[str, str | None]) -> None:
     assert answers["nothing"] is None
+
+
+def fingerprints_taken(rank: int, folder: Path, hosts: int) -> tuple[int, str]:
+    """How often this rank looks into the base weights, and what all are told of them."""
+    os.environ["LOCAL_RANK"] = str(rank % (2 // hosts))
+    taken, real = [], agreement.fingerprint
+
+    def counted(base: Path) -> str:
+        taken.append(base)
+        return real(base)
+
+    agreement.fingerprint = counted  # in this process, which is the rank's own
+    found = check_agreement(recipe(), folder / "one" / "tiny", folder / "base", worlds.start(1))
+    return len(taken), found
+
+
+@pytest.mark.parametrize(("hosts", "expected"), [(1, [1, 0]), (2, [1, 1])])
+def test_the_base_is_looked_into_once_on_each_host(folder: Path, hosts: int, expected: list[int]) -> None:
+    answers = ranks(2, fingerprints_taken, folder, hosts)
+    assert [taken for taken, _ in answers] == expected
+    assert {found for _, found in answers} == {fingerprint(folder / "base")}
 
 
 def told_of_a_full_disk(rank: int, folder: Path) -> str | None:

@@ -203,7 +203,7 @@ def told_of_a_root_that_cannot_be_read(rank, root):
     world = worlds.start(1)
     tiny = load_recipe(Path("recipes/tiny.yaml"), check_paths=False)
     try:
-        savings.resume(root.parent, tiny, None, None, world, base="", say=print)
+        savings.resume(root.parent, tiny, None, None, world, base="", base_now="", say=print)
     except RankError as error:
         return str(error)
 

@@ -29,10 +29,14 @@ def fingerprint(folder: str | Path) -> str:
     return _FORM + digest.hexdigest()
 
 
-def is_of(known: str, folder: str | Path) -> bool:
-    """Whether a fingerprint that a run has stored, in this form or the earlier one, is that of a folder."""
+def is_of(known: str, folder: str | Path, now: str | None = None) -> bool:
+    """Whether a fingerprint that a run has stored, in this form or the earlier one, is that of a folder.
+
+    Args:
+        now: the folder's fingerprint, where it has been taken already.
+    """
     folder = Path(folder)
-    return known == (fingerprint(folder) if known.startswith(_FORM) else _of_samples(folder))
+    return known == ((now or fingerprint(folder)) if known.startswith(_FORM) else _of_samples(folder))
 
 
 def _files(folder: Path) -> list[Path]:
