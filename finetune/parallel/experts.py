@@ -1,9 +1,8 @@
 """Expert parallelism: `exchange_locally` across the ranks of one process group, and which parameters it concerns.
 
 Rank r of the group holds experts [r * n, (r + 1) * n). Rows travel to their expert's rank and back in two all-to-alls
-whose sizes a third, of a few numbers, tells ahead. All are asynchronous: what is computed between the start of one and
-the wait for it runs while it is under way, in the forward pass and in the backward pass. `docs/expert-parallel.md` says
-what that is.
+whose sizes a third, of a few numbers, sends ahead. All are asynchronous: what is computed between the start of one and
+the wait for it overlaps with the transfer, in the forward pass and in the backward pass.
 """
 
 from collections.abc import Callable
