@@ -83,7 +83,14 @@ def run_recipe(run: Path) -> RunRecipe | None:
     if stored is not None:
         return stored
     if os.path.exists(run / FILE):
-        return RunRecipe(load_recipe(run / FILE, check_paths=False).model_dump(mode="json"), run / FILE)
+        try:
+            recipe = load_recipe(run / FILE, check_paths=False)
+        except RecipeError as error:
+            raise RecipeError(
+                f"{str(error).splitlines()[0]}; this file says what the run in that folder is, so put it back as it"
+                " was, or give this run a name of its own (--set name=...)"
+            ) from None
+        return RunRecipe(recipe.model_dump(mode="json"), run / FILE)
     if found is not None:
         raise RecipeError(
             f"{run / FILE}: no such file, and {found[0]}, written by an earlier version, holds no recipe; put the file"

@@ -75,6 +75,16 @@ def test_a_lock_that_cannot_be_taken_is_one_sentence(run: Path, recipe: Recipe) 
             take()
 
 
+@pytest.mark.parametrize("contents", [b"", b"\xff", b"{}", b"a: [", b"[" * 9999, b"name: 5\nx: 1\n"])
+def test_a_recipe_of_the_run_that_cannot_be_read_is_one_sentence(run: Path, recipe: Recipe, contents: bytes) -> None:
+    (run / "recipe.yaml").write_bytes(contents)
+    with pytest.raises(RecipeError) as error:
+        check_folder(run, recipe)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"{run}/recipe.yaml:")
+    assert "; this file says what the run in that folder is, so put it back as it was, or give this run a" in line
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "crash", "routing", "wandb"])
 def test_a_file_where_the_run_needs_a_folder_is_told_at_the_start(run: Path, recipe: Recipe, name: str) -> None:
     (run / name).touch()
