@@ -131,9 +131,12 @@ def _elsewhere(key: str, settings: dict[str, dict[str, Any]]) -> str:
     others = [other for other in settings if other.rpartition(".")[2] == name and _ITEM not in other.split(".")]
     if others:
         return f" (there is {' and '.join(others)})"
+    siblings = list(settings[section]["properties"])
+    swapped = [sibling for sibling in siblings if sorted(sibling) == sorted(name)]
+    if swapped:  # `rl` for `lr`
+        return did_you_mean(name, swapped)
     if answer := familiar(name):
         return f"; {answer}"
-    siblings = list(settings[section]["properties"])
     return did_you_mean(name, siblings) or f"; known here: {', '.join(siblings)}"
 
 

@@ -11,6 +11,7 @@ import torch
 from finetune import cli
 from finetune.commands import plan as plan_command
 from finetune.launch import _share_cores
+from finetune.parallel import world as worlds
 from finetune.recipe import RecipeError, load_recipe
 from finetune.run_folder import claim, folder_of, mark_finished, mark_stopped
 from tests.checkpoints import write_checkpoint
@@ -82,6 +83,27 @@ def test_a_setting_without_effect_is_a_note_of_the_plan(capsys: pytest.CaptureFi
         "note: optim.warmup_steps: the warm-up of 6 steps is cut to the 3 of the run",
         "note: monitor.probe_tokens: no effect because drift of the routing is not measured",
     ]
+
+
+def test_the_start_says_the_same_notes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def alone(expert_size: int) -> None:
+        raise worlds.MeetingError("nobody came")
+
+    monkeypatch.setattr(worlds, "start", alone)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/log.txt").touch()
+    settings = ("--set", "monitor.drift_every_steps=0", "--set", "train.steps=3", "--set", f"output.dir={tmp_path}")
+    assert cli.main(["train", *TINY, *settings, "--set", "parallel.ranks=1", "--set", "parallel.expert=1"]) == 2
+    out, err = capsys.readouterr()
+    assert [line for line in out.splitlines() if line.startswith("note: ")] == [
+        "note: optim.warmup_steps: the warm-up of 6 steps is cut to the 3 of the run",
+        "note: monitor.probe_tokens: no effect because drift of the routing is not measured",
+        f"note: output.dir: {tmp_path}/tiny holds files of no run (log.txt); this run is put beside them",
+    ]
+    assert err == "nextune: nobody came\n"
 
 
 @pytest.mark.parametrize(
