@@ -17,12 +17,12 @@ from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from torch import Tensor, nn
 
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.optim import adamw, parameter_groups
+from finetune.optim import optimizer_of, parameter_groups
 from finetune.parallel.experts import is_expert_parameter, is_marked
 from finetune.parallel.world import World, group_name
 from finetune.paths import expanded
 from finetune.recipe import Recipe
-from finetune.zero import MOMENTS, Replicated, Sharded
+from finetune.zero import Replicated, Sharded
 
 REDUCE_BUCKET = 100_000_000  # gradients, in elements, that are sent at once
 
@@ -116,7 +116,7 @@ def start(model: HybridMoEForCausalLM, recipe: Recipe, world: World, *, accumula
     split = split_params_into_different_moe_groups_for_optimizer(groups)
     on_gpu = world.device.type == "cuda"
     # Offloaded states are updated by the host in place: the unfused form would hold further tensors as large as they.
-    optimizer = adamw(split, recipe.optim, fused=on_gpu or recipe.parallel.offload != "none")
+    optimizer = optimizer_of(split, recipe.optim, fused=on_gpu or recipe.parallel.offload != "none")
     config = deepspeed_config(
         recipe,
         accumulation=accumulation,
@@ -142,15 +142,16 @@ def set_learning_rate(engine: ExpertEngine, lr: float) -> None:
 
 
 def training_state(engine: ExpertEngine, world: World) -> dict[str, Tensor]:
-    """Float32 values and AdamW moments of what trains, as far as this rank is the one to store them. Collective.
+    """Float32 values of what trains, and what the optimizer keeps, as far as this rank stores them. Collective.
 
-    Keys are `{parameter}::{fp32|exp_avg|exp_avg_sq}`, for expert parameters with `::{expert id}` behind, so that the
-    state can be read back at any number of ranks, expert parallel size, ZeRO stage and place of the optimizer's state.
-    Dense parameters are stored by rank 0, experts by the first rank that holds them.
+    Keys are `{parameter}::{kind}`, where kind is fp32 or a name of the optimizer's (exp_avg, momentum_buffer, ...), for
+    expert parameters with `::{expert id}` behind, so that the state can be read back at any number of ranks, expert
+    parallel size, ZeRO stage and place of the optimizer's state. Dense parameters are stored by rank 0, experts by the
+    first rank that holds them.
     """
     tensors = {}
     for name, parameter in _trainable(engine):
-        for kind in ("fp32", *MOMENTS):
+        for kind in engine.optimizer.kinds(parameter):
             value = engine.optimizer.read(parameter, kind)
             if not is_expert_parameter(name):
                 if world.is_main:
@@ -175,7 +176,7 @@ def restore(engine: ExpertEngine, read: Callable[[str], Tensor], *, step: int) -
                 return read(f"{name}::{kind}")
             return torch.stack([read(f"{name}::{kind}::{expert}") for expert in engine.module.local_experts])
 
-        for kind in ("fp32", *MOMENTS):
+        for kind in engine.optimizer.kinds(parameter):
             engine.optimizer.write(parameter, kind, whole(kind))
     engine.optimizer.set_step(step)
     # Without this the first forward pass would still use the weights from before.

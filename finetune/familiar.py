@@ -73,6 +73,10 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
         "this is optim.clip_norm here",
         "max_grad_norm gradient_clipping grad_clip gradient_clip_val clip_grad_norm clip_grad",
     ),
+    (
+        "this is optim.name here: adamw, adam, sgd or adafactor",
+        "optimizer optimizer_type optimizer_name optim_type optimizer_class",
+    ),
     ("this is optim.beta1 and optim.beta2 here", "adam_beta1 adam_beta2 betas adam_beta3"),
     ("this is optim.eps here", "adam_epsilon adam_eps epsilon"),
     (
@@ -310,6 +314,9 @@ _VALUES = {
     ("schedule", "polynomial"): "linear is the nearest here",
     ("schedule", "inverse_sqrt"): "there is no such schedule here",
     ("schedule", "reduce_lr_on_plateau"): "there is no such schedule here",
+    ("name", "adamw_torch"): "that is adamw here",
+    ("name", "adamw_torch_fused"): "that is adamw here",
+    ("name", "adamw_hf"): "that is adamw here",
     ("dtype", "float16"): "there is no float16 here; bfloat16 has its size",
     ("dtype", "fp16"): "there is no float16 here; bfloat16 has its size",
     ("dtype", "half"): "there is no float16 here; bfloat16 has its size",

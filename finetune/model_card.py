@@ -32,6 +32,9 @@ class Exported(NamedTuple):
     recipe: Mapping[str, Any]  # its sections
 
 
+_OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adafactor": "Adafactor"}
+
+
 def model_card(exported: Exported) -> str:
     """The text of README.md."""
     base = _shown(exported.base_name)
@@ -110,7 +113,11 @@ def _rows(exported: Exported, base: str) -> list[tuple[str, str]]:
             "one step",
             f"{train['global_batch_tokens']:,} tokens in sequences of {train['sequence_tokens']:,}, padding included",
         ),
-        ("optimizer", f"AdamW, learning rate {optim['lr']:g} at its peak, {optim['schedule']}; see the recipe"),
+        (
+            "optimizer",
+            f"{_OPTIMIZERS[optim.get('name', 'adamw')]}, learning rate {optim['lr']:g} at its peak,"
+            f" {optim['schedule']}; see the recipe",
+        ),
         *losses,
         ("written with", ", ".join(f"{name} {version}" for name, version in versions().items())),
         ("date", datetime.datetime.now(datetime.UTC).date().isoformat()),

@@ -1,19 +1,22 @@
-"""Parameter groups and the learning-rate schedule."""
+"""Optimizers, their parameter groups and the learning-rate schedule."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.model.deltanet import DECAY_RATES
 from finetune.parallel.experts import is_marked
 from finetune.recipe_sections import Optim
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW and Adam
 NOT_DECAYED = ("norm.weight", "embed_tokens.weight")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters as AdamW groups: matrices with decay; norms, decay rates, biases and embeddings without.
+    """Trainable parameters in groups: matrices with decay; norms, decay rates, biases and embeddings without.
 
     Decay would pull the zero-centred norms to the identity, `linear_attn.norm` to zero, and the decay rates of DeltaNet
     to a fixed time scale. These have a group of their own, after others, since DeepSpeed wants one dtype in a group and
@@ -37,15 +40,35 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
-def adamw(groups: list[dict[str, object]], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over these groups, torch's own, so that nothing is compiled at start."""
-    return torch.optim.AdamW(
-        groups,
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        fused=fused,
-    )
+def optimizer_of(groups: list[dict[str, object]], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:
+    """The recipe's optimizer over these groups, torch's own, so that nothing is compiled at start.
+
+    AdamW: arXiv 1711.05101; Adam: 1412.6980; Adafactor: 1804.04235.
+    """
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=fused)
+    if optim.name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=optim.lr)
+    kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
+
+
+def initial_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Tensor, zeros: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """What the optimizer keeps about a tensor of `group` before its first step, as it would make it in that step.
+
+    Args:
+        zeros: makes float32 zeros in the shape of its argument.
+    """
+    step = {"step": torch.tensor(0.0, device=like.device)}
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer": zeros(like)} if group["momentum"] else {}
+    if isinstance(optimizer, torch.optim.Adafactor):
+        if like.dim() < 2:
+            return step | {"variance": zeros(like)}
+        return step | {"row_var": zeros(like[..., :1]), "col_var": zeros(like[..., :1, :])}
+    return step | {moment: zeros(like) for moment in MOMENTS}
 
 
 def warmup_of(optim: Optim, steps: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from finetune import recompute, state_bytes, working_bytes
+from finetune import optimizer_state, recompute, state_bytes, working_bytes
 from finetune.activations import FLOAT32, gathers
 from finetune.exchange_plan import NVLINK_GBIT, Exchange, exchange
 from finetune.model.config import ALL, ModelConfig, Recompute
@@ -38,7 +38,8 @@ class Plan:
     def offload_disk_bytes(self) -> int:
         """Disk of one node that holds the optimizer's state."""
         on_disk = self.work.recipe.parallel.offload == "nvme"
-        return on_disk * 3 * FLOAT32 * self.work.shard * self.work.machine.ranks_here
+        kept = FLOAT32 * (1 + optimizer_state.moments(self.work.recipe.optim))
+        return on_disk * kept * self.work.shard * self.work.machine.ranks_here
 
     @property
     def offload_host_bytes(self) -> int:
@@ -71,12 +72,13 @@ class Plan:
     @property
     def host_save_bytes(self) -> int:
         """Host memory of the rank that stores most of a checkpoint while it is written."""
-        return 3 * FLOAT32 * (self.work.trained_dense + self.work.trained_experts // self.work.recipe.parallel.expert)
+        trained = self.work.trained_dense + self.work.trained_experts // self.work.recipe.parallel.expert
+        return FLOAT32 * trained + optimizer_state.state_bytes(self.work, trained)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """One checkpoint: float32 values and both moments of what trains."""
-        return 3 * FLOAT32 * self.work.trained
+        """One checkpoint: float32 values of what trains, and what the optimizer keeps about them."""
+        return FLOAT32 * self.work.trained + optimizer_state.state_bytes(self.work, self.work.trained)
 
     @property
     def checkpoints_bytes(self) -> int:

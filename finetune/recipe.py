@@ -56,7 +56,7 @@ class Recipe(Section):
     train: Train = Train()
     """How much is trained, and in what portions."""
     optim: Optim = Optim()
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
     lora: Lora | None = Lora()
     """Low-rank adapters on a frozen base; null trains every parameter of the model instead."""
     router: Router = Router()

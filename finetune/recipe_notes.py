@@ -56,6 +56,13 @@ NOTES: tuple[Note, ...] = (
         lambda r: not r.optim.schedule.startswith("constant"),
         lambda r: "on a constant schedule",
     ),
+    no_effect("optim.momentum", lambda r: r.optim.name == "sgd", lambda r: "unless optim.name is sgd"),
+    *(
+        no_effect(
+            f"optim.{key}", lambda r: r.optim.name in ("adamw", "adam"), lambda r: f"while optim.name is {r.optim.name}"
+        )
+        for key in ("beta1", "beta2", "eps")
+    ),
     no_effect("optim.decay_ratio", lambda r: r.optim.schedule == "wsd", lambda r: "unless optim.schedule is wsd"),
     no_effect(
         "parallel.offload_path",

@@ -76,6 +76,23 @@ def _warmup_twice_problem(recipe: "Recipe") -> str | None:
     return f"{ratio:g} and optim.warmup_steps {steps} both say how long it is; keep one, and set the other to 0"
 
 
+def _adafactor_problem(recipe: "Recipe") -> str | None:
+    if recipe.optim.name != "adafactor":
+        return None
+    if recipe.parallel.zero_stage != 0:
+        return (
+            "adafactor needs whole matrices, which ZeRO-1 and 2 divide over the ranks; set parallel.zero_stage to 0,"
+            " or take adamw"
+        )
+    experts_train = recipe.lora is None or "experts" in recipe.lora.targets
+    if experts_train and recipe.parallel.expert > 1:
+        return (
+            "adafactor scales its step by the norm of a layer's experts together, which parallel.expert divides; set"
+            " parallel.expert to 1, or take adamw"
+        )
+    return None
+
+
 def _targets_problem(recipe: "Recipe") -> str | None:
     targets = recipe.lora.targets if recipe.lora else ()
     twice = sorted({target for target in targets if targets.count(target) > 1})
@@ -126,6 +143,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[["Recipe"], str | None]], ...] = (
     (("parallel.offload_path", "parallel.offload"), _offload_path_problem),
     (("train.steps", "train.epochs"), _length_problem),
     (("optim.warmup_ratio", "optim.warmup_steps"), _warmup_twice_problem),
+    (("optim.name", "parallel.zero_stage", "parallel.expert", "lora.targets"), _adafactor_problem),
     (("lora.targets",), _targets_problem),
     (("lora.dropout", "lora.targets"), _dropout_problem),
     (("model.init", "lora", "router.train"), _init_problem),

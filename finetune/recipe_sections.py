@@ -128,7 +128,11 @@ class Train(Section):
 
 
 class Optim(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
+    """AdamW with decoupled weight decay; Adam, whose decay is added to the gradient; SGD with optim.momentum; or
+    Adafactor, which keeps sums of rows and columns instead of moments. All are torch's."""
 
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """Learning rate at its peak."""
@@ -150,8 +154,10 @@ class Optim(Section):
     """Memory of the gradient's mean."""
     beta2: Fraction = 0.95
     """Memory of the gradient's square."""
+    momentum: Fraction = 0.9
+    """Memory of the gradient's sum in sgd; 0 is none."""
     eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
-    """Added to the denominator of the update."""
+    """Added to the denominator of the update; of adamw and adam."""
     clip_norm: Coefficient = 1.0
     """Largest norm of the whole gradient, over all ranks; 0 is no clipping."""
 

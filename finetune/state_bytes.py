@@ -1,9 +1,16 @@
 """Memory of weights, masters, moments and gradients on one rank, and what of it is offloaded. Imports no torch."""
 
+from finetune import optimizer_state
 from finetune.activations import FLOAT32
 from finetune.model.config import ModelConfig
 from finetune.workload import Workload
 
+_LABELS = {
+    "adamw": "AdamW moments",
+    "adam": "Adam moments",
+    "sgd": "momentum",
+    "adafactor": "Adafactor sums of rows and columns",
+}
 STORED_BYTES = 2  # a released checkpoint is bfloat16
 REDUCE_BUCKET = 100_000_000  # elements; the constant of this name in `engine.py`, which cannot be read without torch
 
@@ -26,7 +33,7 @@ def on_rank(work: Workload) -> dict[str, int]:
         copies = work.shard - own if parallel.zero_stage == 0 else work.shard  # there, float32 is its own copy
         return bytes_of | {
             "float32 copies of what trains": FLOAT32 * copies,
-            "AdamW moments": 2 * FLOAT32 * work.shard,
+            _LABELS[work.recipe.optim.name]: optimizer_state.state_bytes(work, work.shard),
             "gradients": gradients,
         }
     on_host = offloaded(work) if work.machine.device_bytes is None else 0
@@ -45,7 +52,8 @@ def offloaded(work: Workload) -> int:
     offload = work.recipe.parallel.offload
     if offload == "none":
         return 0
-    return work.shard * (FLOAT32 + work.weight_bytes + (3 * FLOAT32 if offload == "cpu" else 0))
+    kept = FLOAT32 * (1 + optimizer_state.moments(work.recipe.optim))
+    return work.shard * (FLOAT32 + work.weight_bytes + (kept if offload == "cpu" else 0))
 
 
 def _largest_trained(work: Workload) -> int:

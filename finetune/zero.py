@@ -1,8 +1,8 @@
 """Float32 masters of what trains, by ZeRO stage: on every rank alike (0), or divided over ranks by DeepSpeed (1, 2).
 
-Both classes keep values and AdamW moments in float32 whatever the weights are, sum gradients in float32 over
-micro-batches and ranks, and clip by the norm over all ranks, experts of other ranks included. Their state is read and
-written by whole parameter. Source of the stages: arXiv 1910.02054.
+Both classes keep values and the state of the optimizer in float32 whatever the weights are, sum gradients in float32
+over micro-batches and ranks, and clip by the norm over all ranks, experts of other ranks included. Their state is read
+and written by whole parameter. Source of the stages: arXiv 1910.02054.
 """
 
 import mmap
@@ -28,10 +28,9 @@ from deepspeed.utils import (
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
+from finetune.optim import initial_state
 from finetune.parallel.experts import is_marked
 from finetune.recipe import RecipeError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
@@ -67,9 +66,8 @@ class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         )
         # Now, not in the first step: what does not fit is known at once. DeepSpeed 0.19.8 would also connect parameters
         # and moments after the first group's step, while the other groups have none.
-        for partition in self.single_partition_of_fp32_groups:
-            moments = {moment: self._zeros(partition.detach()) for moment in MOMENTS}
-            self.optimizer.state[partition] = {"step": torch.tensor(0.0, device=partition.device), **moments}
+        for group, partition in zip(optimizer.param_groups, self.single_partition_of_fp32_groups, strict=True):
+            self.optimizer.state[partition] = initial_state(optimizer, group, partition.detach(), self._zeros)
         self._lazy_init_hp_params_optimizer_state()
 
     def initialize_optimizer_states(self) -> None:
@@ -102,9 +100,15 @@ class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             safe_set_full_optimizer_state(parameter, value, kind)
 
     def set_step(self, step: int) -> None:
-        """Steps that AdamW is to count as taken."""
+        """Steps that the optimizer is to count as taken; SGD counts none."""
         for partition in self.single_partition_of_fp32_groups:
-            self.optimizer.state[partition]["step"].fill_(step)
+            if "step" in self.optimizer.state[partition]:
+                self.optimizer.state[partition]["step"].fill_(step)
+
+    def kinds(self, parameter: nn.Parameter) -> list[str]:
+        """Names of what is kept about a parameter: `fp32` and what the optimizer keeps."""
+        state = self.optimizer.state[self.single_partition_of_fp32_groups[0]]
+        return ["fp32", *(kind for kind in state if kind != "step")]
 
 
 class Replicated:
@@ -127,13 +131,12 @@ class Replicated:
         for group in optimizer.param_groups:
             self._masters |= {parameter: _master(parameter) for parameter in group["params"]}
             group["params"] = [self._masters[parameter] for parameter in group["params"]]
-        for master in self._masters.values():
-            moments = {moment: torch.zeros_like(master) for moment in MOMENTS}
-            optimizer.state[master] = {"step": torch.tensor(0.0, device=master.device), **moments}
+            for master in group["params"]:
+                optimizer.state[master] = initial_state(optimizer, group, master.detach(), _zeros)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """AdamW's groups."""
+        """The optimizer's groups."""
         return self.optimizer.param_groups
 
     def reduce(self) -> None:
@@ -205,9 +208,14 @@ class Replicated:
         self.read(parameter, kind).copy_(value)
 
     def set_step(self, step: int) -> None:
-        """Steps that AdamW is to count as taken."""
+        """Steps that the optimizer is to count as taken; SGD counts none."""
         for master in self._masters.values():
-            self.optimizer.state[master]["step"].fill_(step)
+            if "step" in self.optimizer.state[master]:
+                self.optimizer.state[master]["step"].fill_(step)
+
+    def kinds(self, parameter: nn.Parameter) -> list[str]:
+        """Names of what is kept about a parameter: `fp32` and what the optimizer keeps."""
+        return ["fp32", *(kind for kind in self.optimizer.state[self._masters[parameter]] if kind != "step")]
 
 
 def zeros_on_disk(folder: str | Path, like: Tensor) -> Tensor:
@@ -238,7 +246,7 @@ def _zeros(like: Tensor) -> Tensor:
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """The float32 parameter that AdamW updates in the place of this one, and that collects its gradients."""
+    """The float32 parameter that the optimizer updates in the place of this one, and that collects its gradients."""
     if parameter.dtype == torch.float32:
         return parameter
     master = nn.Parameter(parameter.detach().float())

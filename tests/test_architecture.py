@@ -26,7 +26,13 @@ RECIPE = (
 PLAN = (
     *("finetune.planner", "finetune.activations", "finetune.arithmetic", "finetune.plan_text", "finetune.state_bytes"),
     *("finetune.exchange_plan", "finetune.throughput", "finetune.workload"),
-    *("finetune.recompute", "finetune.working_bytes", "finetune.adapter_targets"),
+    *(
+        "finetune.recompute",
+        "finetune.working_bytes",
+        "finetune.adapter_targets",
+        "finetune.optimizer_state",
+        "finetune.checkpoint.layout",
+    ),
     *("finetune.recipe", "finetune.recipe_sections", "finetune.model.config"),
 )
 # A file whose path starts with the left side may import nothing whose name starts with a word on the right.
@@ -43,6 +49,7 @@ FORBIDDEN = {
     "finetune/state_bytes.py": ("torch", "deepspeed"),
     "finetune/throughput.py": ("torch", "deepspeed"),
     "finetune/adapter_targets.py": ("torch", "deepspeed"),
+    "finetune/optimizer_state.py": ("torch", "deepspeed"),
     "finetune/working_bytes.py": ("torch", "deepspeed"),
     "finetune/workload.py": ("torch", "deepspeed"),
     "finetune/recompute.py": ("torch", "deepspeed"),
@@ -70,6 +77,7 @@ ALLOWED = {
     "finetune/throughput.py": PLAN,
     "finetune/state_bytes.py": PLAN,
     "finetune/adapter_targets.py": PLAN,
+    "finetune/optimizer_state.py": PLAN,
     "finetune/working_bytes.py": PLAN,
     "finetune/workload.py": PLAN,
     "finetune/recompute.py": PLAN,

@@ -21,7 +21,7 @@ from finetune.balance import count_rows, router_loss
 from finetune.engine import ExpertEngine, deepspeed_config
 from finetune.lora import inject
 from finetune.model.moe import Experts, experts_in_a_loop
-from finetune.optim import parameter_groups
+from finetune.optim import MOMENTS, parameter_groups
 from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach, is_expert_parameter
 from finetune.parallel.world import World
@@ -323,7 +323,7 @@ def plain() -> dict[str, Any]:
         optimizer.zero_grad()
         parameters = dict(model.named_parameters())
         state = as_stored({name: p.detach() for name, p in parameters.items()}, "fp32")
-        for moment in engines.MOMENTS:
+        for moment in MOMENTS:
             state |= as_stored({name: optimizer.state[p][moment] for name, p in parameters.items()}, moment)
         found["state"].append(state)
     return found

@@ -28,7 +28,7 @@ from finetune.lora import AdapterError, base_model, inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.model.moe import ExpertCompute, ExpertFactors, Experts, LowRank, experts_in_a_loop
-from finetune.optim import learning_rate, parameter_groups
+from finetune.optim import MOMENTS, learning_rate, parameter_groups
 from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach
 from finetune.step import optimize, token_counts
@@ -595,7 +595,7 @@ def test_a_run_resumes_at_another_expert_parallel_size(
         for layer in CONFIG.moe_layers
         for factor in "AB"
         for matrix in MATRICES
-        for kind in ("fp32", *engines.MOMENTS)
+        for kind in ("fp32", *MOMENTS)
         for expert in range(CONFIG.num_experts)
     }
     assert {name for name in restored if ".mlp.experts." in name} == expected

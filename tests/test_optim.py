@@ -12,7 +12,7 @@ from finetune.lora import inject
 from finetune.model.config import ModelConfig
 from finetune.model.layers import GatedRMSNorm, RMSNorm
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.optim import adamw, learning_rate, parameter_groups
+from finetune.optim import learning_rate, optimizer_of, parameter_groups
 from finetune.recipe_sections import MIXER_TARGETS, Optim
 from tests.configs import CONFIGS, randomise
 
@@ -163,7 +163,7 @@ def test_a_step_without_gradient_shrinks_exactly_what_is_decayed() -> None:
     randomise(model, seed=1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optim = Optim(lr=0.01, weight_decay=0.5, beta1=0.8, beta2=0.7, eps=1e-3)
-    optimizer = adamw(parameter_groups(model, optim.weight_decay), optim, fused=False)
+    optimizer = optimizer_of(parameter_groups(model, optim.weight_decay), optim, fused=False)
     assert optimizer.defaults["betas"] == (0.8, 0.7)
     assert optimizer.defaults["eps"] == 1e-3
     for parameter in model.parameters():

@@ -40,6 +40,7 @@ from finetune.model.delta_rule import chunked_gated_delta_rule
 from finetune.model.head import token_loss_sum
 from finetune.model.model import PADDING, HybridMoEForCausalLM
 from finetune.model.moe import Experts, MoE
+from finetune.optim import MOMENTS
 from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach
 from finetune.plan_text import render
@@ -191,7 +192,7 @@ def measure_state(recipe: Recipe) -> dict[str, int]:
     return {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "float32 copies": sum(master.numel() for master in states if id(master) not in own) * 4,
-        "moments": sum(state[kind].numel() for state in states.values() for kind in engines.MOMENTS) * 4,
+        "moments": sum(state[kind].numel() for state in states.values() for kind in MOMENTS) * 4,
         "stored": sum(tensor.numel() for tensor in stored.values()) * 4,
         "groups": len(engine.optimizer.param_groups),
     }

@@ -21,7 +21,7 @@ from finetune.lora import inject
 from finetune.model.config import ModelConfig, Recompute
 from finetune.model.model import PADDING, HybridMoEForCausalLM
 from finetune.model.moe import Experts, MoE
-from finetune.optim import learning_rate, parameter_groups
+from finetune.optim import MOMENTS, learning_rate, parameter_groups
 from finetune.parallel import world as worlds
 from finetune.parallel.experts import attach
 from finetune.recipe import Recipe
@@ -246,7 +246,7 @@ def train_in_plain_torch(layout: Layout) -> dict[str, Any]:
         results["loss"].append(float((output.loss_sum / supervised).detach()))
         results["rows"].append(rows)
     results["fp32"] = {name: p.detach() for name, p in trained.items()}
-    for moment in engines.MOMENTS:
+    for moment in MOMENTS:
         states = {name: optimizer.state[p].get(moment, torch.zeros_like(p)) for name, p in trained.items()}
         results[moment] = states
     return results
@@ -299,7 +299,7 @@ def assert_equal(layout: Layout, started_with: tuple[Layout, ...]) -> None:
         assert not layout.idle or theirs[:, 4:].sum() == 0
     # AdamW with its usual epsilon turns the rounding of a gradient that is really zero into a whole step of either
     # sign; with 1e-2 it stays rounding, and 2e-6 is a thousandth of one step of 2e-3.
-    for kind in ("fp32", *engines.MOMENTS):
+    for kind in ("fp32", *MOMENTS):
         state = assembled(parts, kind)
         assert state.keys() == expected[kind].keys()
         for name, value in expected[kind].items():
