@@ -182,7 +182,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_experts": 10**9}, "num_experts is 1000000000; it must be at most 100000"),
     (
         {"num_hidden_layers": 1000, "num_experts": 2000},
-        "num_hidden_layers x num_experts is 2,000,000; at most 1,000,000",
+        "num_hidden_layers x num_experts is 2,000,000; at most 250,000",
     ),
     ({"hidden_size": 2**31 - 1, "vocab_size": 2**31 - 1}, "its sizes make 9,223,377,467,840,919,917 parameters"),
     ({"full_attention_interval": 0}, "full_attention_interval is 0; it must be at least 1"),

@@ -1,6 +1,8 @@
 """Base weights that were replaced are told, wherever they differ; those of earlier runs still count."""
 
 import hashlib
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,19 @@ def test_a_fingerprint_of_an_earlier_run_is_compared_in_its_own_form(base: Path)
     changed = load_file(base / WEIGHTS)
     save_file({**changed, "layers.19.q_proj": -changed["layers.19.q_proj"]}, base / WEIGHTS)
     assert not is_of(earlier, base)
+
+
+def test_files_in_folders_below_count_and_what_is_no_file_does_not(base: Path) -> None:
+    """An index may name `sub/m.safetensors`; a FIFO would let the reader wait for ever."""
+    held = load_file(base / WEIGHTS)
+    (base / WEIGHTS).unlink()
+    (base / "sub").mkdir()
+    save_file(held, base / "sub/m.safetensors")
+    index = {"weight_map": dict.fromkeys(held, "sub/m.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = fingerprint(base)
+    os.mkfifo(base / "other.safetensors")
+    (base / "gone.safetensors").symlink_to("nowhere")
+    assert fingerprint(base) == before
+    save_file({name: tensor + 1 for name, tensor in held.items()}, base / "sub/m.safetensors")
+    assert fingerprint(base) != before

@@ -5,8 +5,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from finetune.checkpoint.header import HeaderError, parse_index
 from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.shards import read_header
+from finetune.checkpoint.shards import INDEX, read_header
+from monitoring.json_file import FileError, read_json, reason
 
 _FORM = "2-"  # of a fingerprint that looks into every tensor; without it, one of eight samples a file
 _TENSOR_BYTES = 4 * 1024
@@ -24,7 +26,7 @@ def fingerprint(folder: str | Path) -> str:
     folder = Path(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        for of_file in pool.map(_of_file, _files(folder)):
+        for of_file in pool.map(lambda path: _of_file(folder, path), _files(folder)):
             digest.update(of_file)
     return _FORM + digest.hexdigest()
 
@@ -40,11 +42,16 @@ def is_of(known: str, folder: str | Path, now: str | None = None) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    """Files of weights: those at the top of the folder, and those in folders below it that the index names."""
+    try:
+        named = {folder / file for file in parse_index(read_json(folder / INDEX)).values() if "/" in file}
+    except (FileError, HeaderError):  # none, or one that whoever loads the folder says what is wrong with
+        named = set()
+    return sorted(path for path in {*folder.glob("*.safetensors"), *named} if os.path.isfile(path))
 
 
-def _of_file(path: Path) -> bytes:
-    digest = hashlib.sha256(f"{path.name} {path.stat().st_size}".encode())
+def _of_file(folder: Path, path: Path) -> bytes:
+    digest = hashlib.sha256(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}".encode())
     try:
         tensors = read_header(path)
     except CheckpointError:
@@ -73,7 +80,10 @@ def _of_samples(folder: Path) -> str:
 
 def _add_samples(digest: "hashlib._Hash", path: Path) -> None:
     size = path.stat().st_size
-    with path.open("rb") as file:
-        for place in range(8):
-            file.seek(max(0, size - _SAMPLE_BYTES) * place // 7)
-            digest.update(file.read(_SAMPLE_BYTES))
+    try:
+        with path.open("rb") as file:
+            for place in range(8):
+                file.seek(max(0, size - _SAMPLE_BYTES) * place // 7)
+                digest.update(file.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({reason(error)}); check the file and its disk") from error

@@ -15,7 +15,7 @@ from monitoring.json_file import FileError, MissingFileError, read_json
 
 _MOST_FILE_BYTES = 16 << 20
 _MOST_PARAMETERS = 10**14  # more than any tensor library can count in one tensor of a layer
-_MOST_EXPERT_MATRICES = 1_000_000  # over all layers; the released model has 24,576
+_MOST_EXPERTS = 250_000  # over all layers; the released model has 24,576
 
 
 class Recompute(NamedTuple):
@@ -85,10 +85,10 @@ class ModelConfig:
             problems.append(
                 f"head_dim x partial_rotary_factor is {self.rotary_dim}; rotary pairs need an even number of at least 2"
             )
-        if self.num_hidden_layers * self.num_experts > _MOST_EXPERT_MATRICES:
+        if self.num_hidden_layers * self.num_experts > _MOST_EXPERTS:
             problems.append(
                 f"num_hidden_layers x num_experts is {self.num_hidden_layers * self.num_experts:,}; at most"
-                f" {_MOST_EXPERT_MATRICES:,} experts are supported"
+                f" {_MOST_EXPERTS:,} experts are supported"
             )
         if not problems and (parameters := sum(self.parameter_counts().values())) > _MOST_PARAMETERS:
             problems.append(f"its sizes make {parameters:,} parameters; at most {_MOST_PARAMETERS:,} are supported")
