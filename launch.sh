@@ -212,7 +212,7 @@ write_stamp() {
 
 make_venv() {
   local python options=()
-  if [[ -e $VENV/bin && ! -e $STAMP ]]; then
+  if [[ ! -e $STAMP && -n $(find "$VENV" -mindepth 1 ! -path "$STAMP.tmp" -print -quit 2>/dev/null) ]]; then
     fail "$VENV was not made by launch.sh; move it away, then run this command again"
   fi
   find_python

@@ -10,7 +10,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
 from typing import Any, cast
 
 import torch
@@ -19,11 +18,14 @@ from torch import Tensor
 from data.packing import Batch
 from finetune.checkpoint.finite import all_finite, described
 from finetune.checkpoint.folder import save_tensors, whole_folder, write_json
+from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.shards import listed
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.parallel.world import World
 
 MOST_IN_A_ROW = 5  # of steps left out: more is no accident of the data, and would pass over all of it
 MOST_NAMED = 3
+BATCH, FACTS = "batches.safetensors", "step.json"  # what a kept step holds
 
 
 @dataclass
@@ -88,6 +90,12 @@ def broken_weights(model: HybridMoEForCausalLM, world: World) -> str | None:
     )
 
 
+def _check_own(folder: Path) -> None:
+    other = sorted({path.name for path in folder.iterdir()} - {BATCH, FACTS}) if folder.is_dir() else [folder.name]
+    if other:
+        raise CheckpointError(f"{folder}: holds {listed(other)}, which is not of a kept step, and stays as it is")
+
+
 def keep_batch(
     folder: Path, batches: Sequence[Batch], packs: Tensor, losses: Tensor, facts: Mapping[str, Any], world: World
 ) -> None:
@@ -103,10 +111,6 @@ def keep_batch(
     if not world.is_main:
         return
     tensors = {name: torch.stack([of_rank[name] for of_rank in everyone], dim=1) for name in Batch._fields}
-    if folder.exists():
-        rmtree(folder)
-    with whole_folder(folder) as partial:
-        save_tensors(
-            {**tensors, "packs": packs.contiguous(), "loss_sums": losses.contiguous()}, partial / "batches.safetensors"
-        )
-        write_json(partial / "step.json", dict(facts))
+    with whole_folder(folder, check_replaceable=_check_own) as partial:
+        save_tensors({**tensors, "packs": packs.contiguous(), "loss_sums": losses.contiguous()}, partial / BATCH)
+        write_json(partial / FACTS, dict(facts))

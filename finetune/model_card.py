@@ -41,6 +41,8 @@ def model_card(exported: Exported) -> str:
     of_base = " Its card is `README.base.md`." if (exported.base / "README.md").exists() else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(exported, base))
     recipe = {name: exported.recipe[name] for name in ("train", "optim", "lora", "router")}
+    if recipe["lora"] and recipe["lora"].get("init_from"):
+        recipe["lora"] = {**recipe["lora"], "init_from": Path(recipe["lora"]["init_from"]).name}
     return f"""{_front_matter(exported)}
 # {exported.recipe["name"]}
 
@@ -72,7 +74,7 @@ def versions() -> dict[str, str]:
 
 
 def _what(exported: Exported, base: str) -> str:
-    step = f"{exported.state['step']:,} steps"
+    step = f"{exported.state['step']:,} step{'s' if exported.state['step'] > 1 else ''}"
     if exported.recipe["model"]["init"] == "random":
         return f"A model trained from random weights for {step}, with the configuration and the tokenizer of {base}."
     how = "with low-rank adapters" if exported.recipe["lora"] else "in all of its parameters"

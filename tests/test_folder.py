@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from finetune.broken_step import BATCH, FACTS, _check_own
 from finetune.checkpoint.folder import TEMPORARY, whole_folder
 from finetune.checkpoint.layout import CheckpointError
 
@@ -147,3 +148,12 @@ def test_what_is_left_of_a_failed_write_is_said(
     monkeypatch.undo()
     write(tmp_path / "out")
     assert not beside.exists()
+
+
+def test_a_step_that_is_kept_again_replaces_only_what_was_kept(tmp_path: Path) -> None:
+    for name in (BATCH, FACTS):
+        (tmp_path / name).touch()
+    _check_own(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"holds notes\.txt, which is not of a kept step, and stays as it is"):
+        _check_own(tmp_path)

@@ -217,11 +217,13 @@ def test_moved_checkout_is_set_up_anew(checkout: Checkout) -> None:
     assert checkout.set_up_calls()[:2] == VENV_AND_TORCH
 
 
-def test_a_venv_of_someone_else_is_left_alone(checkout: Checkout) -> None:
-    (checkout.root / ".venv/bin").mkdir(parents=True)
+@pytest.mark.parametrize("what", ["bin", "notes"])
+def test_a_venv_of_someone_else_is_left_alone(checkout: Checkout, what: str) -> None:
+    (checkout.root / ".venv" / what).mkdir(parents=True)
     done = checkout.launch("setup")
     assert done.returncode == 1
     assert "was not made by launch.sh" in done.stderr
+    assert [path.name for path in (checkout.root / ".venv").iterdir()] == [what]
     assert checkout.calls() == []
 
 

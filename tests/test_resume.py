@@ -246,6 +246,18 @@ def test_an_older_checkpoint_that_cannot_be_deleted_does_not_end_the_run(tmp_pat
     assert newest_checkpoint(tmp_path) == (tmp_path / "step-20", [])
 
 
+def test_a_file_of_the_user_in_an_older_checkpoint_keeps_it(tmp_path):
+    write(tmp_path, 10)
+    (tmp_path / "step-10/notes.txt").write_text("mine")
+    writer = Writer(tmp_path, rank=0, ranks=1, token="t0", keep=1)
+    writer.begin(20, part_of(0, 1, 20), {})
+    writer.wait()
+    written = writer.finish()
+    writer.close()
+    assert written.not_deleted == "step-10 holds notes.txt, which no run wrote"
+    assert names(tmp_path) == ["step-10", "step-20"]
+
+
 def test_what_an_orphan_still_writes_into_waits_for_the_next_write(tmp_path, monkeypatch):
     """Between the list of a folder's files and its own deletion a rank of the killed run adds a file."""
     left = tmp_path / "step-10.old1.tmp"

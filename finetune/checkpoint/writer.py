@@ -30,6 +30,7 @@ from finetune.checkpoint.manifest import MANIFEST, STEP, hash_of_values, step_of
 from finetune.checkpoint.part_file import write_part
 from finetune.checkpoint.shards import listed, read_header
 
+PART = re.compile(r"part-\d+\.(safetensors|json)")
 LEFTOVER = re.compile(r"step-\d+\.(\w+\.)?tmp")
 
 SECONDS_BETWEEN_LOOKS = 0.02  # at the disk, for what another rank writes
@@ -220,15 +221,25 @@ def _commit(partial: Path, final: Path, step: int, ranks: int, described: str) -
 
 def _prune(root: Path, step: int, keep: int, spare: Collection[int]) -> str | None:
     """Delete older checkpoints; say why one could not be, since the new one is whole all the same."""
+    kept: list[str] = []
     try:
         found = {step_of(path): path for path in root.iterdir() if STEP.fullmatch(path.name)}
         older = sorted(number for number in found if number < step)
         for number in older[: max(0, len(older) + 1 - keep)]:
-            if number not in spare:
+            if number in spare:
+                continue
+            if others := _others(found[number]):
+                kept.append(f"{found[number].name} holds {listed(others)}, which no run wrote")
+            else:
                 _delete(found[number])
     except OSError as error:
-        return str(error)
-    return None
+        kept.append(str(error))
+    return "; ".join(kept) or None
+
+
+def _others(folder: Path) -> list[str]:
+    """Names in a checkpoint that are not of one."""
+    return sorted(path.name for path in folder.iterdir() if path.name != MANIFEST and not PART.fullmatch(path.name))
 
 
 def _delete(folder: Path) -> None:
