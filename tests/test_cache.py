@@ -309,6 +309,7 @@ def test_a_half_made_folder_that_was_damaged_is_made_anew_and_said(
     assert re.match(rf"{half / name}: .*; the half-made tokenised data is not continued but made anew", told[0])
 
 
+@pytest.mark.slow
 def test_waiting_for_another_process_that_gets_on_is_progress(
     tmp_path: Path, whole: Dataset, source: Source, tokenizer: Tokenizer
 ) -> None:
