@@ -305,6 +305,10 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
         " orpo_alpha num_generations",
     ),
 )
+_NO_8_BIT = (
+    "there is no 8-bit or paged optimizer here; parallel.zero_stage divides the state over the ranks, and"
+    " parallel.offload keeps it in host memory or on a disk"
+)
 # Values of our settings by their names elsewhere: the last part of our key, the value there, what it is here.
 _VALUES = {
     ("schedule", "warmup_stable_decay"): "that is wsd here",
@@ -317,6 +321,12 @@ _VALUES = {
     ("name", "adamw_torch"): "that is adamw here",
     ("name", "adamw_torch_fused"): "that is adamw here",
     ("name", "adamw_hf"): "that is adamw here",
+    ("name", "adamw_8bit"): _NO_8_BIT,
+    ("name", "adamw_bnb_8bit"): _NO_8_BIT,
+    ("name", "paged_adamw_8bit"): _NO_8_BIT,
+    ("name", "adam8bit"): _NO_8_BIT,
+    ("name", "adamw8bit"): _NO_8_BIT,
+    ("name", "paged_adamw_32bit"): _NO_8_BIT,
     ("dtype", "float16"): "there is no float16 here; bfloat16 has its size",
     ("dtype", "fp16"): "there is no float16 here; bfloat16 has its size",
     ("dtype", "half"): "there is no float16 here; bfloat16 has its size",

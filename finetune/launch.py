@@ -58,7 +58,8 @@ def train_here(recipe: Recipe, launcher: Launcher | None) -> int:
         for note in check_folder(folder, recipe):
             say(f"note: {note}")
         check_resume_from(folder, recipe)
-        if recipe.lora is not None and recipe.lora.init_from is not None:
+        fresh = newest_name(folder / "checkpoints") is None
+        if fresh and recipe.lora is not None and recipe.lora.init_from is not None:
             check_adapter(resolve(recipe.lora.init_from) or Path(recipe.lora.init_from), recipe.lora)
         if is_complete(folder, recipe):
             say(f"{folder}: this run is complete; `python -m finetune summary {folder}` shows it")

@@ -19,7 +19,7 @@ from monitoring.json_file import FileError, read_object
 # step sizes and router losses that a finding may advise to change. The rest would make it another run.
 FREE = (
     *("train.steps", "train.epochs", "train.log_every_steps", "train.eval_every_steps", "train.recompute"),
-    *("train.micro_batch_tokens", "train.on_nan", "train.early_stopping_"),
+    *("train.micro_batch_tokens", "train.on_nan", "train.early_stopping_", "lora.init_from"),
     *("checkpoint.", "monitor.", "parallel.", "kernels.", "data.cache", "output."),
     *("optim.lr", "optim.clip_norm", "router.balance.", "router.z_coefficient"),
 )

@@ -16,7 +16,7 @@ from finetune.run_recipe import flatten
 from monitoring.metrics import MetricsFile
 
 # What makes the state of another run mean the same in this one.
-_MUST_AGREE = ("lora.rank", "lora.alpha", "lora.use_rslora", "lora.targets", "router.train")
+_MUST_AGREE = ("lora.rank", "lora.alpha", "lora.use_rslora", "lora.targets", "router.train", "optim.name")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ def sentence(error: ErrorDetails, settings: dict[str, dict[str, Any]]) -> str:
         answer = familiar_value(key, value)
         hint = f"; {answer}" if answer else did_you_mean(value, choices)
         return f"{shown(error['input'])} is not one of {', '.join(choices)}{hint}"
+    if error["type"] == "model_type" and isinstance(error["input"], str) and "name" in setting["properties"]:
+        return f"a section; write {key}: {{name: {error['input']}}} if that is its kind"
     return _SENTENCES[error["type"]](setting, error.get("ctx", {}), shown(error["input"]))
 
 

@@ -43,6 +43,8 @@ def told(text: str, tmp_path: Path) -> str:
         ("optim: {schedule: warmup_stable_decay}\n", "linear, cosine, wsd; that is wsd here"),
         ("lora: {targets: [gate_proj]}\n", "all-linear; experts means all three matrices of every routed expert"),
         ("lora: {targets: all}\n", "all-linear; that is all-linear here"),
+        ("optim: sgd\n", "optim: a section; write optim: {name: sgd} if that is its kind"),
+        ("optim: {name: paged_adamw_8bit}\n", "adamw, adam, sgd, adafactor; there is no 8-bit or paged optimizer here"),
         ("optim: {xyzzy: 1}\n", "unknown key; known here: "),
         ("optim: {shedule: cosine}\n", "unknown key (did you mean 'schedule'?)"),
     ],

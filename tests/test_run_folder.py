@@ -61,6 +61,8 @@ def test_a_claimed_folder_holds_the_whole_recipe_and_checking_makes_nothing(tmp_
         *("train.steps=90", "train.log_every_steps=1", "train.eval_every_steps=1", "train.recompute=full"),
         *("train.micro_batch_tokens=512", "checkpoint.every_steps=7", "checkpoint.keep=5", "monitor.wandb=off"),
         *("parallel.ranks=1", "parallel.zero_stage=1", "kernels.experts=loop", "optim.lr=1e-3", "optim.clip_norm=2"),
+        *("lora.init_from=recipes/base", "train.early_stopping_patience=3", "train.early_stopping_threshold=0.1"),
+        *("checkpoint.resume_from=step-3",),
     ],
 )
 def test_a_run_may_go_on_with_another(tmp_path: Path, recipe: Recipe, override: str) -> None:
