@@ -21,7 +21,7 @@ from finetune.failure import is_told, readable
 
 SECONDS_AN_EXAMPLE = 20
 MOST_MEMORY_BYTES = 700 << 20  # that the process may grow by while one reader is tested
-MANY = 1500
+MANY = 400
 
 # Written into the text in place of a value: what `json.dumps` would not write.
 RAW = [

@@ -38,7 +38,8 @@ def assert_as_written(folder: Path) -> None:
     if not isinstance(found, ValueError):
         newest, passed_over = found
         assert newest is not None or passed_over
-        assert all(sentence.isprintable() and str(root) in sentence for sentence in passed_over)
+        odd = [sentence for sentence in passed_over if not sentence.isprintable() or str(root) not in sentence]
+        assert not odd, odd
     chosen = verdict(lambda: chosen_checkpoint(root, "step-3", lambda line: None), folder)
     verdict(lambda: chosen_checkpoint(root, "best", lambda line: None), folder)
     opened = verdict(lambda: open_state(root / "step-3"), folder)

@@ -29,6 +29,7 @@ class _Manifest(BaseModel):
     step: Annotated[int, Field(ge=0)]
     parts: list[_Part]
     state: dict[str, Any]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of all the rest
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -41,8 +42,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = read_object(path)
-        recorded = manifest.pop("sha256", None)
-        _Manifest.model_validate(manifest)
+        recorded = _Manifest.model_validate(manifest).sha256
     except MissingFileError:
         raise CheckpointError(f"{path}: no such file; this is not a checkpoint of a run") from None
     except FileError as error:
@@ -52,9 +52,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: not a manifest of a checkpoint ({key} is missing or wrong); it was changed or cut short"
         ) from None
+    del manifest["sha256"]
     if recorded != hash_of_values(manifest):
         raise CheckpointError(
-            f"{path}: was changed after it was written (it names its own sha256 {str(recorded)[:12]}..., its values"
+            f"{path}: was changed after it was written (it names its own sha256 {recorded[:12]}..., its values"
             f" have {hash_of_values(manifest)[:12]}...)"
         )
     return manifest
