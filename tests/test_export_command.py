@@ -392,3 +392,12 @@ def test_a_place_that_is_not_free_is_refused_in_a_sentence(
     assert cli.main(["export", str(folder), "--to", to.format(run=folder), "--format", "merged"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert files(folder) == before
+
+
+def test_who_cannot_load_an_adapter_is_said(here: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"lora__targets": "[q_proj, experts]", "lora__dropout": "0.0"}
+    run = run_with_checkpoint(here, "experts-too", **changes)
+    export_run(run, tmp_path / "merged", kind="merged")
+    assert "note:" not in capsys.readouterr().out
+    export_run(run, tmp_path / "adapter", kind="adapter")
+    assert "note: lora.targets: peft loads adapters of the routed experts, but not every" in capsys.readouterr().out

@@ -157,8 +157,8 @@ def _split(
 
 
 def _limits(values: Mapping[str, Any]) -> list[str]:
-    targets = values["lora"]["targets"] if values["lora"] else ()
-    return adapter_limits(targets, trains_routers=values["router"]["train"])
+    lora = values["lora"]
+    return adapter_limits(lora["targets"], trains_routers=values["router"]["train"]) if lora else []
 
 
 def _facts(exported: Exported, checkpoint: Path, sha256: str, writer: str) -> dict[str, Any]:
