@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.checkpoint.fingerprint import fingerprint, is_of
+from finetune.checkpoint.layout import CheckpointError
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 
@@ -100,3 +101,7 @@ def test_files_in_folders_below_count_and_what_is_no_file_does_not(base: Path) -
     assert fingerprint(base) == before
     save_file({name: tensor + 1 for name, tensor in held.items()}, base / "sub/m.safetensors")
     assert fingerprint(base) != before
+    (base / "config.json").unlink()
+    os.mkfifo(base / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: is a FIFO, not a regular file"):
+        fingerprint(base)

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.checkpoint.header import HeaderError, parse_index
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.shards import INDEX, read_header
-from monitoring.json_file import FileError, read_json, reason
+from monitoring.json_file import FileError, read_bytes, read_json, reason
 
 _FORM = "2-"  # of a fingerprint that looks into every tensor; without it, one of eight samples a file
 _TENSOR_BYTES = 4 * 1024
@@ -24,7 +24,7 @@ def fingerprint(folder: str | Path) -> str:
     wrong with it.
     """
     folder = Path(folder)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(_config(folder))
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         for of_file in pool.map(lambda path: _of_file(folder, path), _files(folder)):
             digest.update(of_file)
@@ -39,6 +39,13 @@ def is_of(known: str, folder: str | Path, now: str | None = None) -> bool:
     """
     folder = Path(folder)
     return known == ((now or fingerprint(folder)) if known.startswith(_FORM) else _of_samples(folder))
+
+
+def _config(folder: Path) -> bytes:
+    try:
+        return read_bytes(folder / "config.json")
+    except FileError as error:
+        raise CheckpointError(f"{error}; copy the file of the checkpoint again") from None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -71,7 +78,7 @@ def _of_file(folder: Path, path: Path) -> bytes:
 
 def _of_samples(folder: Path) -> str:
     """The earlier form, which runs begun with it have stored."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(_config(folder))
     for path in _files(folder):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         _add_samples(digest, path)
