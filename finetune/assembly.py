@@ -12,17 +12,18 @@ from typing import cast
 import torch
 from accelerate import init_empty_weights
 
-from data.dataset import Dataset, Known, open_known, prepare
+from data.dataset import Dataset, Known, open_known
 from data.loader import EvaluationBatches, Loader, probe_batch
 from data.packing import Batch
 from data.show import amounts, describe
-from data.sources import DataError, Source
+from data.sources import DataError
 from data.tokenizer import Tokenizer, load_tokenizer
 from finetune import engine as engines
 from finetune.adapter_targets import all_linear_sentence
 from finetune.balance import prove_reach, reads_logits
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.weights import load_weights
+from finetune.datasets import cache_of, datasets
 from finetune.engine import ExpertEngine
 from finetune.evaluation import to_device
 from finetune.kernels.choose import KernelError, Kernels, choose, install
@@ -34,10 +35,8 @@ from finetune.parallel.experts import attach
 from finetune.parallel.world import World
 from finetune.paths import expanded
 from finetune.planner import plan
-from finetune.recipe import Recipe, RecipeError, resolve
-from finetune.recipe_sections import Source as RecipeSource
+from finetune.recipe import Recipe, RecipeError
 from finetune.recompute import asked_for, described
-from finetune.run_folder import folder_of
 from finetune.workload import GIB, Machine
 from finetune.zero import zeros_on_disk
 
@@ -151,40 +150,6 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def datasets(
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    known: Sequence[Known | None] = (None, None),
-    progress: Callable[[], None] = lambda: None,
-) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out data of the recipe, tokenised once and kept, and compared with what was written.
-
-    Args:
-        known: which data they are, where another host has found them.
-        progress: called whenever a part of the work is done.
-
-    Raises:
-        DataError: a source is missing, holds rows that cannot be read, or leaves nothing to train on.
-    """
-    data = recipe.data
-
-    def prepared(sources: Sequence[RecipeSource], known: Known | None) -> Dataset:
-        return prepare(
-            [Source(str(resolve(source.path) or source.path), source.format) for source in sources],
-            tokenizer=tokenizer,
-            sequence_tokens=recipe.train.sequence_tokens,
-            packing=data.packing,
-            on_bad_row=data.on_bad_row,
-            over_long=data.over_long,
-            cache=_cache(recipe),
-            known=known,
-            report=lambda line: print(line, flush=True),  # only the rank that builds says anything
-            progress=progress,
-        )
-
-    return prepared(data.train, known[0]), prepared(data.eval, known[1]) if data.eval else None
-
-
 def _datasets_of_all(
     recipe: Recipe, tokenizer: Callable[[], Tokenizer], world: World, progress: Callable[[], None]
 ) -> tuple[Dataset, Dataset | None]:
@@ -201,16 +166,10 @@ def _datasets_of_all(
         if world.leads_host and not world.is_main:  # where the disk is shared it is there, and compared like any other
             datasets(recipe, tokenizer(), found, progress)
     with world.together(DataError):
-        train, held_out = (open_known(_cache(recipe), known) if known else None for known in found)
+        train, held_out = (open_known(cache_of(recipe), known) if known else None for known in found)
         assert train is not None, "there is training data, or rank 0 has said why not"
         _check_amount(train, recipe)
     return train, held_out
-
-
-def _cache(recipe: Recipe) -> Path:
-    """Where tokenised data is kept."""
-    cache = recipe.data.cache
-    return expanded(cache).absolute() if cache else folder_of(recipe).parent / ".cache"
 
 
 def _model(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from finetune.model.config import ModelConfig
 from finetune.recipe import Recipe, resolve
 
 
@@ -23,7 +24,9 @@ def with_steps(recipe: Recipe, packs: int) -> tuple[Recipe, list[str]]:
         return recipe, []
     steps = steps_of_epochs(recipe, packs)
     per_step = recipe.train.global_batch_tokens // recipe.train.sequence_tokens
-    sentence = f"train.epochs {recipe.train.epochs:g}: {steps:,} steps of {per_step:,} of {packs:,} sequences"
+    sentence = (
+        f"train.epochs {recipe.train.epochs:g}: {steps:,} steps of {per_step:,} sequences; the data holds {packs:,}"
+    )
     warmup = recipe.optim.warmup_steps
     return (
         recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})}),
@@ -42,9 +45,9 @@ def planned_steps(recipe: Recipe) -> tuple[Recipe, list[str]]:
             f" tokenizer of {recipe.model.path} is not on this machine"
         ]
     from data.tokenizer import load_tokenizer
-    from finetune.assembly import datasets
+    from finetune.datasets import datasets
 
-    train, _ = datasets(recipe, load_tokenizer(folder))
+    train, _ = datasets(recipe, load_tokenizer(folder, ModelConfig.from_folder(folder).vocab_size))
     return with_steps(recipe, len(train))
 
 

@@ -31,7 +31,7 @@ def test_every_sequence_is_seen_as_often_as_the_epochs_say(here: Place, epochs: 
     recipe, (sentence,) = with_steps(in_epochs(here, epochs, optim__warmup_steps=0), packs)
     assert recipe.train.steps == steps
     assert 8 * (steps - 1) < epochs * packs <= 8 * steps
-    assert sentence == f"train.epochs {epochs:g}: {steps} steps of 8 of {packs} sequences"
+    assert sentence == f"train.epochs {epochs:g}: {steps} steps of 8 sequences; the data holds {packs}"
 
 
 def test_a_warm_up_longer_than_the_epochs_is_said(here: Place) -> None:

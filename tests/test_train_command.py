@@ -29,10 +29,10 @@ from data.files import write_json
 from data.loader import Loader, epoch_order
 from data.packing import Batch
 from data.tokenizer import load_tokenizer
-from finetune.assembly import datasets
 from finetune.checkpoint.part_file import hash_of
 from finetune.checkpoint.resume import newest_checkpoint, open_state
 from finetune.checkpoint.weights import from_pretrained
+from finetune.datasets import datasets
 from finetune.lora import inject
 from finetune.recipe import load_recipe
 from finetune.results import recipe_of

@@ -4,8 +4,8 @@ from rich.console import Console
 
 from data.show import describe, show_pack
 from data.tokenizer import load_tokenizer
-from finetune.assembly import datasets
 from finetune.checkpoint.weights import resolve_model
+from finetune.datasets import datasets
 from finetune.model.config import ModelConfig
 from finetune.recipe import Recipe
 
