@@ -273,13 +273,15 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--format", choices=("merged", "adapter"), required=True)
             sub.add_argument("--base", type=_path, metavar="DIR", help="the base weights, where they are elsewhere now")
             sub.add_argument("--written-by", help=argparse.SUPPRESS)  # launch.sh, which replaces only what it wrote
-            sub.add_argument("--checkpoint", default="newest", metavar="WHICH", help="newest, best or step-N")
+            sub.add_argument(
+                "--checkpoint", type=_name, default="newest", metavar="WHICH", help="newest, best or step-N"
+            )
         else:
             words = "a small merged export of the run; prints what it and the base write for two held-out rows"
             sub.add_argument("--model", type=_path, metavar="DIR", help=words)
     sub = _add(commands, rewind)
     sub.add_argument("run", type=_path, metavar="RUN", help="run folder, such as runs/tiny")
-    sub.add_argument("--to", required=True, metavar="WHICH", help="step-N or best")
+    sub.add_argument("--to", type=_name, required=True, metavar="WHICH", help="step-N or best")
     sub = _add(commands, replay)
     sub.add_argument("step", type=_path, metavar="STEP", help="folder that keeps it, such as runs/tiny/crash/step-40")
     sub.add_argument("--model", type=_path, metavar="DIR", help="weights, such as a merged export; the base without it")
@@ -318,6 +320,10 @@ def _number(kind: type[int] | type[float], text: str) -> float:
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{shown(text)} is not {what}") from None
+
+
+def _name(text: str) -> str:
+    return str(_path(text))
 
 
 def _path(text: str) -> Path:

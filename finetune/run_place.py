@@ -29,7 +29,7 @@ def check_place(folder: Path) -> None:
     problem = path_problem(str(folder), ROOM_IN_RUN)
     if problem is not None:
         raise RecipeError(f"output.dir: the run folder {folder} {problem}")
-    if folder.parent.resolve() == Path("/"):
+    if os.path.realpath(folder.parent) == "/":  # Path.resolve raises where links form a circle
         raise RecipeError("output.dir: is the root of the file system; name a folder for runs in it")
     there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not _is_open(there):
@@ -50,7 +50,7 @@ def check_place(folder: Path) -> None:
 
 def place_notes(folder: Path) -> list[str]:
     """What should be said of a folder that holds files but no run; nothing of one that is new, or a run's."""
-    if not folder.is_dir() or os.path.exists(folder / "recipe.yaml"):
+    if not _is_open(folder) or os.path.exists(folder / "recipe.yaml"):
         return []
     foreign = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name not in NAMES)
     if not foreign:
@@ -107,4 +107,4 @@ def marked_step(marker: Path) -> int | None:
 
 
 def _is_open(place: Path) -> bool:
-    return place.is_dir() and os.access(place, os.W_OK | os.X_OK, effective_ids=True)
+    return os.path.isdir(place) and os.access(place, os.R_OK | os.W_OK | os.X_OK, effective_ids=True)

@@ -101,6 +101,11 @@ def test_a_file_name_that_no_run_can_have(stem: str, tmp_path: Path, capsys: pyt
         (["export", "/", "--to", "x", "--format", "merged"], "/: not the folder of a run"),
         (["summary", "\udcff"], "argument RUN: the path '\\udcff' is not UTF-8 text"),
         (["replay", "/"], "/: not the folder of a run"),
+        (["rewind", "x", "--to", "step-" + "9" * 5000], "holds a name of 5005 bytes, but a file's may have 255"),
+        (
+            ["export", "x", "--to", "y", "--format", "merged", "--checkpoint", ""],
+            "argument --checkpoint: the path '' is",
+        ),
         ([], "the following arguments are required: COMMAND"),
         (["\udcff"], "argument COMMAND: invalid choice: '\\udcff'"),
     ],

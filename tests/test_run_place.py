@@ -132,6 +132,13 @@ def test_a_run_is_not_put_into_the_root(path: str, recipe: Recipe) -> None:
         check_place(Path(path) / "tiny")
 
 
+def test_links_in_a_circle_are_told(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(RecipeError, match=r"because .*/a is not a folder open to you"):
+        check_place(tmp_path / "a/tiny")
+
+
 def test_a_path_without_room_for_checkpoints_is_told(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"has 4\d\d\d bytes, but a path may have 3895 here"):
         check_place(tmp_path / ("a/" * 2000) / "tiny")

@@ -52,6 +52,16 @@ def test_what_the_adapter_cannot_do_is_said_in_the_plan(
     assert note.startswith(f"note: {expected}")
 
 
+def test_a_run_folder_that_cannot_be_used_here_is_a_note_of_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["plan", "--recipe", str(TINY), "--set", f"output.dir={tmp_path}/file"]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"note: on this machine the run would not start: output.dir: {tmp_path}/file/tiny cannot be written, because"
+    )
+
+
 def test_the_plan_reads_the_positions_of_the_models_own_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ def export_run(
         RecipeError: `run` is not the folder of a run.
     """
     run, to = Path(run), Path(to)
-    if (run / "checkpoints").resolve() in to.resolve().parents:
+    if os.path.realpath(run / "checkpoints") in map(str, Path(os.path.realpath(to)).parents):
         raise CheckpointError(f"{to}: lies among the checkpoints of the run; choose another folder")
     checkpoint = chosen_checkpoint(run / "checkpoints", which, print, finished_step(run))
     state, tensors = open_state(checkpoint)

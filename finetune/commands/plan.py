@@ -15,6 +15,7 @@ from finetune.planner import model_config, plan
 from finetune.ranks import fit_to_ranks, ranks_here
 from finetune.recipe import Recipe, RecipeError
 from finetune.run_folder import folder_of
+from finetune.run_place import check_place
 from finetune.start_notes import start_notes
 from finetune.workload import GIB, Machine
 
@@ -39,12 +40,21 @@ def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_g
     recipe, steps = planned_steps(recipe)
     machine = _machine(recipe, ranks, nodes, device_gib, links)
     planned = plan(config, fit_to_ranks(recipe, machine.ranks, print), machine)
-    for sentence in start_notes(recipe, config, folder_of(recipe)):
+    for sentence in [*start_notes(recipe, config, folder_of(recipe)), *_refusals_here(recipe)]:
         print(f"note: {sentence}")
     for sentence in steps:
         print(sentence)
     print(render(planned, source), flush=True)
     return 1 if planned.fits is False else 0
+
+
+def _refusals_here(recipe: Recipe) -> list[str]:
+    """Why the run could not be put where the recipe says, on this machine; it may be planned for another one."""
+    try:
+        check_place(folder_of(recipe))
+    except RecipeError as error:
+        return [f"on this machine the run would not start: {error}"]
+    return []
 
 
 def print_ranks(recipe: Recipe) -> int:
