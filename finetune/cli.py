@@ -242,27 +242,7 @@ def _parser() -> argparse.ArgumentParser:
         if command is train:
             sub.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
         if command is plan:
-            sub.add_argument(
-                "--ranks", type=_count(most=MOST_RANKS), help="plan for so many ranks, not for this machine"
-            )
-            sub.add_argument(
-                "--nodes", type=_count(most=MOST_RANKS), help="over how many machines the ranks are spread evenly"
-            )
-            sub.add_argument(
-                "--network-gbit",
-                type=_positive,
-                help="what the network of one machine carries each way, in Gbit/s over all its cards; gives the time"
-                " of the exchange between machines",
-            )
-            sub.add_argument(
-                "--node-gbit",
-                type=_positive,
-                help="what the links of one GPU to the others of its machine carry each way, in Gbit/s; NVLink of an"
-                " H100 or H200 (3600) where there is one",
-            )
-            sub.add_argument(
-                "--device-gib", type=_positive, help="plan for GPUs with so much memory, not for this machine"
-            )
+            _add_machine(sub)
         if command is data:
             sub.add_argument("--show", type=_count(), default=1, metavar="N", help="how many sequences")
     for command in (export, summary):
@@ -294,6 +274,25 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND", help="and its arguments")
     _add(commands, keys)
     return parser
+
+
+def _add_machine(sub: argparse.ArgumentParser) -> None:
+    """The options of `plan` that describe another machine than this one."""
+    sub.add_argument("--ranks", type=_count(most=MOST_RANKS), help="plan for so many ranks, not for this machine")
+    sub.add_argument("--nodes", type=_count(most=MOST_RANKS), help="over how many machines the ranks are spread evenly")
+    sub.add_argument(
+        "--network-gbit",
+        type=_positive,
+        help="what the network of one machine carries each way, in Gbit/s over all its cards; gives the time"
+        " of the exchange between machines",
+    )
+    sub.add_argument(
+        "--node-gbit",
+        type=_positive,
+        help="what the links of one GPU to the others of its machine carry each way, in Gbit/s; NVLink of an"
+        " H100 or H200 (3600) where there is one",
+    )
+    sub.add_argument("--device-gib", type=_positive, help="plan for GPUs with so much memory, not for this machine")
 
 
 def _positive(text: str) -> float:
