@@ -22,7 +22,7 @@ from data.sources import DataError, RowError
 from data.template import Piece, Template, TemplateText
 
 SECONDS_A_ROW = 4.0  # of processor time
-MOST_ENDINGS = 3  # of the process, after which the template is no use
+MOST_ENDINGS = 2  # of the process, after which the template is no use
 MOST_MEMORY_BYTES = 4 << 30
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _TOO_MUCH = "the chat template takes more than {} for this row; shorten the row, or correct the template"
@@ -60,7 +60,7 @@ class TemplateProcess:
         """The pieces of each conversation, or why it is refused.
 
         Raises:
-            DataError: the template takes too much for the third row.
+            DataError: the template takes too much for a second row.
         """
         return self._ask([("pieces", conversation) for conversation in conversations])
 
@@ -92,7 +92,7 @@ class TemplateProcess:
                 self._end()
                 self._endings += 1
                 if self._endings == MOST_ENDINGS:
-                    raise DataError(f"{self._text.place}: {why}, as for {MOST_ENDINGS - 1} others") from None
+                    raise DataError(f"{self._text.place}: {why}, as for another one") from None
                 answers.append(RowError("chat template", why))
                 self._start()
         return answers
