@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import milliseconds, write_results
-from finetune.kernels.delta_rule import gated_delta_rule
+from finetune.kernels.triton.delta_rule import gated_delta_rule
 from finetune.model.delta_rule import chunked_gated_delta_rule
 from finetune.model.deltanet import l2_normalize
 

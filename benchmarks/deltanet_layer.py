@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import milliseconds, write_results
-from finetune.kernels.delta_rule import gated_delta_rule
-from finetune.kernels.deltanet import prepare_fused
-from finetune.kernels.gated_norm import gated_norm_fused
+from finetune.kernels.triton.delta_rule import gated_delta_rule
+from finetune.kernels.triton.deltanet import prepare_fused
+from finetune.kernels.triton.gated_norm import gated_norm_fused
 from finetune.model.config import ModelConfig
 from finetune.model.deltanet import GatedDeltaNet
 

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 from finetune.kernels.choose import choose, install
 from finetune.kernels.trial import Place
-from finetune.lora import inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.planner import Plan, plan
-from finetune.recipe import CHECKOUT, load_recipe
-from finetune.recompute import described
-from finetune.working_bytes import RUNTIME_DEVICE_BYTES
-from finetune.workload import FREE_FRACTION, GIB, Machine
+from finetune.plan.planner import Plan, plan
+from finetune.plan.recompute import described
+from finetune.plan.working_memory import RUNTIME_DEVICE_BYTES
+from finetune.plan.workload import FREE_FRACTION, GIB, Machine
+from finetune.recipe.load import load_recipe
+from finetune.recipe.paths import CHECKOUT
+from finetune.training.lora import inject
 
 RANK, ALPHA = 16, 32.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj")
@@ -83,7 +84,7 @@ def build(name: str, values: dict[str, Any], device: torch.device, dtype: torch.
 
 
 def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, recompute: str) -> Contender:
-    """What `finetune.assembly` puts together, less the reading of a checkpoint."""
+    """What `finetune.training.assembly` puts together, less the reading of a checkpoint."""
     if recompute not in ("", FULL_RECOMPUTE, NO_RECOMPUTE):
         raise ValueError(f"no contender is called nextune{recompute}")
     with _built_on(device, dtype):

@@ -34,9 +34,9 @@ from benchmarks.lora_models import FULL, NO_RECOMPUTE, Contender, build, fill
 from benchmarks.lora_worker import Updater
 from benchmarks.measure import write_results
 from finetune.kernels.choose import Kernels, install
-from finetune.lora import AdaptedLinear
 from finetune.model.delta_rule import chunked_gated_delta_rule
 from finetune.model.deltanet import DECAY_RATES, GatedDeltaNet
+from finetune.training.lora import AdaptedLinear
 
 CORPUS = Path("data/corpus/code-train.jsonl.gz")
 SIZES = {**FULL, "num_hidden_layers": 4, "num_experts": 64, "vocab_size": 256}

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.lora_models import MissingError, bare_package
 from benchmarks.measure import milliseconds, write_results
-from finetune.kernels import fused_experts
-from finetune.kernels.experts import experts_grouped
+from finetune.kernels.torch.experts import experts_grouped
+from finetune.kernels.triton import fused_experts
 from finetune.model.moe import Routing, exchange_locally, experts_in_a_loop
 
 EXPERTS, TOP_K, HIDDEN, WIDTH = 512, 10, 2048, 512

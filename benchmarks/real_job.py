@@ -37,12 +37,12 @@ import psutil
 from benchmarks.measure import PEAK, machine, write_results
 from benchmarks.random_checkpoint import CHECKOUT, REFERENCE, write_random_checkpoint
 from finetune.model.config import ModelConfig
-from finetune.planner import plan
-from finetune.recipe import load_recipe
-from finetune.recompute import described
-from finetune.throughput import form_of
-from finetune.working_bytes import RUNTIME_DEVICE_BYTES
-from finetune.workload import GIB, Machine
+from finetune.plan.planner import plan
+from finetune.plan.recompute import described
+from finetune.plan.throughput import form_of
+from finetune.plan.working_memory import RUNTIME_DEVICE_BYTES
+from finetune.plan.workload import GIB, Machine
+from finetune.recipe.load import load_recipe
 from monitoring.metrics import read_metrics
 
 WARM_STEPS = 2  # steps in which kernels compile

@@ -20,12 +20,12 @@ from benchmarks.lora_worker import Updater, tokens
 from benchmarks.measure import write_results
 from finetune.kernels.choose import choose, install
 from finetune.kernels.trial import Place
-from finetune.lora import inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.recompute import described
-from finetune.working_bytes import RUNTIME_DEVICE_BYTES
-from finetune.workload import FREE_FRACTION, GIB
+from finetune.plan.recompute import described
+from finetune.plan.working_memory import RUNTIME_DEVICE_BYTES
+from finetune.plan.workload import FREE_FRACTION, GIB
+from finetune.training.lora import inject
 
 
 @dataclass(frozen=True)

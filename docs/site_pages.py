@@ -9,7 +9,7 @@ import mkdocs_gen_files
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.recipe import explain  # noqa: E402  # needs the checkout on the path
+from finetune.recipe.load import explain  # noqa: E402  # needs the checkout on the path
 
 PAGES = {
     "README.md": "index.md",

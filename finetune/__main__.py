@@ -3,7 +3,7 @@
 import sys
 
 from finetune.cli import main
-from finetune.failure import write_any_text
+from finetune.run.failure import write_any_text
 
 write_any_text()
 sys.exit(main(sys.argv[1:]))

@@ -14,15 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from finetune.exchange_plan import Links
-from finetune.failure import is_told, tell, told_by_every_host
-from finetune.gpus import gpus
-from finetune.hosts import describe, read_hostfile, run_on_hosts
-from finetune.launcher import launcher_of
-from finetune.parallel.slurm import task_environment
-from finetune.paths import path_problem
-from finetune.recipe import Recipe, load_recipe, resolve
-from finetune.run_folder import (
+from finetune.cluster.gpus import gpus
+from finetune.cluster.hostfile import describe, read_hostfile, run_on_hosts
+from finetune.cluster.launcher import launcher_of
+from finetune.cluster.slurm import task_environment
+from finetune.plan.exchange import Links
+from finetune.recipe.load import load_recipe
+from finetune.recipe.messages import shown
+from finetune.recipe.paths import path_problem, resolve
+from finetune.recipe.recipe import Recipe
+from finetune.run.failure import is_told, tell, told_by_every_host
+from finetune.run.folder import (
     check_folder,
     finished_step,
     folder_of,
@@ -32,8 +34,7 @@ from finetune.run_folder import (
     run_of_step,
     stopped_step,
 )
-from finetune.run_place import hold
-from finetune.wording import shown
+from finetune.run.place import hold
 
 MOST_RANKS = 2**16
 LARGEST = 1e12  # of what is measured in GiB or Gbit/s
@@ -85,7 +86,7 @@ def train(options: argparse.Namespace) -> int:
     os.environ.update(task_environment(os.environ))
     with told_by_every_host():
         recipe = _recipe(options)
-    from finetune.launch import train_here
+    from finetune.commands.train import train_here
 
     return train_here(recipe, launcher)
 
@@ -145,7 +146,7 @@ def finished(options: argparse.Namespace) -> int:
 def rewind(options: argparse.Namespace) -> int:
     """Go back to an earlier checkpoint of a run; what came later is set aside, nothing is deleted."""
     recipe_of(options.run)
-    from finetune.starting_point import rewind as go_back
+    from finetune.run.starting_point import rewind as go_back
 
     held = hold(options.run)
     try:
@@ -174,7 +175,7 @@ def export(options: argparse.Namespace) -> int:
 def summary(options: argparse.Namespace) -> int:
     """Print what a run achieved and where its results lie."""
     recipe_of(options.run)
-    from finetune.results import print_summary
+    from finetune.commands.summary import print_summary
 
     return print_summary(options.run, options.model)
 
@@ -182,7 +183,7 @@ def summary(options: argparse.Namespace) -> int:
 def replay(options: argparse.Namespace) -> int:
     """Forward the batch of a step that was not finite again, and print the loss of each of its sequences."""
     recipe_of(run_of_step(options.step))
-    from finetune.replay import replay as replay_step
+    from finetune.commands.replay import replay as replay_step
 
     return replay_step(options.step, options.model)
 
@@ -203,7 +204,7 @@ def across(options: argparse.Namespace) -> int:
 
 def keys(_: argparse.Namespace) -> int:
     """Print every key of a recipe with its unit, default and meaning."""
-    from finetune.recipe import explain
+    from finetune.recipe.load import explain
 
     print(explain())
     return 0

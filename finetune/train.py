@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(HERE.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != HERE)]
 
 from finetune.cli import main  # noqa: E402
-from finetune.failure import leave, write_any_text  # noqa: E402
+from finetune.run.failure import leave, write_any_text  # noqa: E402
 
 if __name__ == "__main__":
     write_any_text()

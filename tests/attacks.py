@@ -73,7 +73,7 @@ def outcome(what: Run) -> int:
     """The exit code of a command; a call of Python that is refused counts as a command's 2."""
     if not callable(what):
         return cli.main(list(what))
-    from finetune.failure import is_told, tell
+    from finetune.run.failure import is_told, tell
 
     try:
         what()

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.checkpoint.fingerprint import fingerprint
-from finetune.recipe import load_recipe
-from finetune.run_folder import claim
-from finetune.run_recipe import recipe_state
+from finetune.recipe.load import load_recipe
+from finetune.run.folder import claim
+from finetune.run.stored_recipe import recipe_state
 from monitoring.metrics import read_metrics
 from tests.checkpoints import write_checkpoint
 from tests.configs import tiny_config

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.failure import is_told, readable
+from finetune.run.failure import is_told, readable
 
 SECONDS_AN_EXAMPLE = 20
 MOST_MEMORY_BYTES = 700 << 20  # that the process may grow by while one reader is tested

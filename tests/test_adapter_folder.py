@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.adapter_folder import adapter_values, check_adapter
-from finetune.lora import AdapterError, inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.recipe_sections import MIXER_TARGETS, Lora
+from finetune.recipe.sections import MIXER_TARGETS, Lora
+from finetune.training.adapter_folder import adapter_values, check_adapter
+from finetune.training.lora import AdapterError, inject
 from tests.configs import CONFIGS, tiny_config
 from tests.test_model import LOGITS_TOLERANCE, pair
 

@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from finetune.adapter_limits import adapter_limits
-from finetune.recipe_sections import MIXER_TARGETS
+from finetune.checkpoint.adapter_limits import adapter_limits
+from finetune.recipe.sections import MIXER_TARGETS
 from tests.commands import ROOT
 
 
@@ -26,6 +26,6 @@ def test_each_limit_is_one_sentence(targets: tuple[str, ...], trains_routers: bo
 
 
 def test_the_limits_are_known_without_torch() -> None:
-    loaded = "import finetune.adapter_limits, sys; print('torch' in sys.modules)"
+    loaded = "import finetune.checkpoint.adapter_limits, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

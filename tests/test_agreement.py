@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from finetune import agreement
-from finetune.agreement import check_agreement, refuse_differences
 from finetune.checkpoint.fingerprint import fingerprint
-from finetune.failure import LostRankError, is_told, tell, told_by_every_host
-from finetune.launch import is_lost_connection, is_timeout, lost
-from finetune.parallel import world as worlds
-from finetune.parallel.world import MeetingError, RankError
-from finetune.ranks import fit_to_ranks, ranks_here
-from finetune.recipe import CHECKOUT, Recipe, RecipeError, load_recipe
+from finetune.commands.ranks import fit_to_ranks, ranks_here
+from finetune.commands.train import is_lost_connection, is_timeout, lost
+from finetune.distributed import world as worlds
+from finetune.distributed.world import MeetingError, RankError
+from finetune.recipe.load import load_recipe
+from finetune.recipe.paths import CHECKOUT
+from finetune.recipe.recipe import Recipe, RecipeError
+from finetune.run import agreement
+from finetune.run.agreement import check_agreement, refuse_differences
+from finetune.run.failure import LostRankError, is_told, tell, told_by_every_host
 from monitoring.files import replace_file
 from tests.commands import free_port
 from tests.ranks import ranks

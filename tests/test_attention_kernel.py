@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.kernels.attention import attend_documents, document_starts, gate_output_fused, prepare_fused
+from finetune.kernels.triton.attention import attend_documents, document_starts, gate_output_fused, prepare_fused
 from finetune.model.attention import (
     GatedAttention,
     Packing,

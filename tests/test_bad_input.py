@@ -17,8 +17,8 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from finetune.checkpoint.resume import newest_checkpoint, open_state
-from finetune.recipe import load_recipe
-from finetune.run_folder import claim
+from finetune.recipe.load import load_recipe
+from finetune.run.folder import claim
 from tests.commands import (
     BIN,
     ROOT,

@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from data.packing import Batch
-from finetune.balance import RouterLossError, count_ahead, count_rows, prove_reach, router_loss, shares_of_step
-from finetune.lora import inject
+from finetune.distributed.world import World
 from finetune.model import model as models
 from finetune.model.model import PADDING, HybridMoEForCausalLM
-from finetune.parallel.world import World
-from finetune.recipe_sections import MIXER_TARGETS, Balance, Router
-from finetune.step import token_counts
+from finetune.recipe.sections import MIXER_TARGETS, Balance, Router
+from finetune.training.lora import inject
+from finetune.training.router_loss import (
+    RouterLossError,
+    count_ahead,
+    count_rows,
+    prove_reach,
+    router_loss,
+    shares_of_step,
+)
+from finetune.training.step import token_counts
 from tests.configs import CONFIGS, tiny_config
 from tests.test_model import random_model
 from tests.test_window import alone

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from data.sources import DataError
 from finetune.commands.data import show_data
 from finetune.commands.plan import print_plan
-from finetune.exchange_plan import Links
 from finetune.model.config_file import ConfigError
-from finetune.recipe import Recipe, load_recipe
+from finetune.plan.exchange import Links
+from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import Recipe
 from tests.commands import ROOT, Place, place
 from tests.test_bad_input import nothing_left, told
 

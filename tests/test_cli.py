@@ -10,10 +10,11 @@ import torch
 
 from finetune import cli
 from finetune.commands import plan as plan_command
-from finetune.launch import _share_cores
-from finetune.parallel import world as worlds
-from finetune.recipe import RecipeError, load_recipe
-from finetune.run_folder import claim, folder_of, mark_finished, mark_stopped
+from finetune.commands.train import _share_cores
+from finetune.distributed import world as worlds
+from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import RecipeError
+from finetune.run.folder import claim, folder_of, mark_finished, mark_stopped
 from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT, run
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from data.tokenizer import load_tokenizer
 from finetune import cli
 from finetune.checkpoint.layout import CheckpointError
+from finetune.commands.completions import MOST_TOKENS, complete, completion_lines, held_out_rows
 from finetune.commands.export import export_run
-from finetune.completions import MOST_TOKENS, complete, completion_lines, held_out_rows
-from finetune.recipe import load_recipe
-from finetune.results import print_summary
+from finetune.commands.summary import print_summary
+from finetune.recipe.load import load_recipe
 from tests.commands import ROOT, Place, place, run, run_with_checkpoint
 
 BASE = ROOT / "recipes" / "base"

@@ -18,7 +18,7 @@ from data import chat, json_stream, parquet, sources
 from data.chat import ChatTemplate, portions
 from data.formats import Conversation, Text, read_contents
 from data.sources import BadRows, DataError, RowError, Source, read_rows, source_files
-from finetune.failure import readable
+from finetune.run.failure import readable
 from monitoring import file_search
 from tests.test_chat import AGENT_TEMPLATE, with_template
 

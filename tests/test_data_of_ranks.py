@@ -8,10 +8,10 @@ import pytest
 
 from data import cache, dataset
 from data.tokenizer import load_tokenizer
-from finetune import assembly
-from finetune.parallel import world as worlds
-from finetune.parallel.world import RankError
-from finetune.recipe import load_recipe
+from finetune.distributed import world as worlds
+from finetune.distributed.world import RankError
+from finetune.recipe.load import load_recipe
+from finetune.training import assembly
 from tests.ranks import ranks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.kernels.delta_rule import gated_delta_rule
+from finetune.kernels.triton.delta_rule import gated_delta_rule
 from finetune.model.delta_rule import recurrent_gated_delta_rule
 from finetune.model.deltanet import l2_normalize
 

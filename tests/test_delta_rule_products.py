@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from finetune.kernels.delta_rule_products import gated_delta_rule_by_products
+from finetune.kernels.cpu.delta_rule_products import gated_delta_rule_by_products
 from finetune.model.delta_rule import chunked_gated_delta_rule, recurrent_gated_delta_rule
 from finetune.model.deltanet import l2_normalize
 from tests.test_delta_rule import SEGMENTS, TIMES, assert_same, inputs, random_segments

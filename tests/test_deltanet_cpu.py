@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from finetune.kernels.delta_rule_products import gated_delta_rule_by_products
-from finetune.kernels.deltanet_cpu import prepare_cpu
+from finetune.kernels.cpu.delta_rule_products import gated_delta_rule_by_products
+from finetune.kernels.cpu.deltanet import prepare_cpu
 from finetune.model.delta_rule import chunked_gated_delta_rule
 from finetune.model.deltanet import Heads, Prepared, prepare
 from tests.test_deltanet_kernel import (

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.kernels import deltanet
-from finetune.kernels.deltanet import prepare_fused
-from finetune.kernels.gated_norm import gated_norm_fused
+from finetune.kernels.triton import deltanet
+from finetune.kernels.triton.deltanet import prepare_fused
+from finetune.kernels.triton.gated_norm import gated_norm_fused
 from finetune.model.config import ModelConfig
 from finetune.model.deltanet import GatedDeltaNet, Heads, Prepare, Prepared, prepare
 from finetune.model.layers import gated_rms_norm

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune.checkpoint.resume import newest_checkpoint, open_state
-from finetune.run_folder import finished_step
+from finetune.run.folder import finished_step
 from tests.commands import UNWATCHED, Place, place
 
 STEPS = 12

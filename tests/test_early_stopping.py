@@ -7,10 +7,10 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import EarlyStoppingCallback
 
-from finetune.early_stopping import EarlyStopping
-from finetune.recipe import load_recipe
-from finetune.recipe_sections import Train
-from finetune.run_folder import claim, early_stopping_of, folder_of, is_complete, mark_finished
+from finetune.recipe.load import load_recipe
+from finetune.recipe.sections import Train
+from finetune.run.folder import claim, early_stopping_of, folder_of, is_complete, mark_finished
+from finetune.training.early_stopping import EarlyStopping
 from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT
 

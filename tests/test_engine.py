@@ -16,20 +16,20 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 
 from data.packing import Batch
-from finetune import engine as engines
-from finetune.balance import count_rows, router_loss
-from finetune.engine import ExpertEngine, deepspeed_config
-from finetune.lora import inject
+from finetune.distributed import world as worlds
+from finetune.distributed.expert_exchange import attach, is_expert_parameter
+from finetune.distributed.world import World
+from finetune.engine import engine as engines
+from finetune.engine.engine import ExpertEngine, deepspeed_config
+from finetune.engine.optimizer import MOMENTS, parameter_groups
+from finetune.engine.zero import zeros_on_disk
 from finetune.model.moe import Experts, experts_in_a_loop
-from finetune.optim import MOMENTS, parameter_groups
-from finetune.parallel import world as worlds
-from finetune.parallel.experts import attach, is_expert_parameter
-from finetune.parallel.world import World
-from finetune.recipe import Recipe, RecipeError
-from finetune.recipe_sections import MIXER_TARGETS, Router
-from finetune.step import optimize, seed_step, token_counts
-from finetune.window import Windows
-from finetune.zero import zeros_on_disk
+from finetune.recipe.recipe import Recipe, RecipeError
+from finetune.recipe.sections import MIXER_TARGETS, Router
+from finetune.training.lora import inject
+from finetune.training.router_loss import count_rows, router_loss
+from finetune.training.step import optimize, seed_step, token_counts
+from finetune.training.totals import Windows
 from tests.ranks import ranks
 from tests.test_rank_layouts import (
     CONFIG,

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from finetune import cli
-from finetune.epochs import planned_steps, with_steps
-from finetune.recipe import Recipe, load_recipe
-from finetune.run_folder import check_folder, claim, folder_of, is_complete, mark_finished
+from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import Recipe
+from finetune.run.folder import check_folder, claim, folder_of, is_complete, mark_finished
+from finetune.training.epochs import planned_steps, with_steps
 from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT, Place, place, write_rows
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from data.dataset import Dataset
 from data.loader import EvaluationBatches
 from data.packing import Batch
-from finetune.broken_step import broken_weights
-from finetune.evaluation import HeldOut, compare_routing, held_out, probe_routing
-from finetune.lora import base_model, inject
+from finetune.distributed.world import World
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM, initialise
-from finetune.parallel.world import World
-from finetune.recipe_sections import MIXER_TARGETS
+from finetune.recipe.sections import MIXER_TARGETS
+from finetune.training.evaluation import HeldOut, compare_routing, held_out, probe_routing
+from finetune.training.lora import base_model, inject
+from finetune.training.nonfinite import broken_weights
 from monitoring.paired import paired_change
 from monitoring.routing import jensen_shannon_bits, routing_drift
 from tests.configs import CONFIGS, randomise
@@ -165,8 +165,8 @@ def test_a_model_compared_with_itself_has_not_moved(world: World) -> None:
 
 def measured(rank: int, size: int) -> tuple[HeldOut, dict[str, Any]]:
     """Held-out loss and drift, with data and experts divided over the ranks."""
-    from finetune.parallel import world as worlds
-    from finetune.parallel.experts import attach
+    from finetune.distributed import world as worlds
+    from finetune.distributed.expert_exchange import attach
 
     world = worlds.start(size)
     model = model_with_adapters(world.experts(8), strength=0.15)
@@ -210,8 +210,8 @@ class Packs:
 
 def parts_on(rank: int, size: int, expert: int) -> list[tuple[float, int]]:
     """The parts that this rank of so many records, of a held-out set that does not divide over them."""
-    from finetune.parallel import world as worlds
-    from finetune.parallel.experts import attach
+    from finetune.distributed import world as worlds
+    from finetune.distributed.expert_exchange import attach
 
     world = worlds.start(expert)
     model = model_with_adapters(world.experts(8), strength=0.15)
@@ -277,7 +277,7 @@ def test_what_cannot_be_paired_has_no_error(before: list[tuple[float, int]], aft
 
 
 def broken_on_rank_1(rank: int) -> str | None:
-    from finetune.parallel import world as worlds
+    from finetune.distributed import world as worlds
 
     world = worlds.start(2)
     model = HybridMoEForCausalLM(CONFIG, world.experts(8))

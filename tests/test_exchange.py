@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finetune.kernels.experts import experts_grouped
+from finetune.distributed.expert_exchange import attach
+from finetune.kernels.torch.experts import experts_grouped
 from finetune.model.config import ModelConfig
 from finetune.model.moe import MoE, experts_in_a_loop
-from finetune.parallel.experts import attach
 from tests.configs import randomise, tiny_config
 from tests.ranks import ranks
 

@@ -10,20 +10,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.packing import Batch
-from finetune import engine as engines
 from finetune.commands.plan import print_plan
-from finetune.exchange_plan import Links, exchange
-from finetune.lora import inject
+from finetune.distributed import world as worlds
+from finetune.distributed.expert_exchange import attach
+from finetune.engine import engine as engines
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.parallel import world as worlds
-from finetune.parallel.experts import attach
-from finetune.plan_text import render
-from finetune.planner import plan
-from finetune.recipe import Recipe, RecipeError
-from finetune.recompute import asked_for
-from finetune.step import optimize
-from finetune.workload import GIB, Machine
+from finetune.plan.exchange import Links, exchange
+from finetune.plan.planner import plan
+from finetune.plan.recompute import asked_for
+from finetune.plan.report import render
+from finetune.plan.workload import GIB, Machine
+from finetune.recipe.recipe import Recipe, RecipeError
+from finetune.training.lora import inject
+from finetune.training.step import optimize
 from tests.configs import randomise, tiny_config
 from tests.ranks import ranks
 from tests.test_planner import code, recipe_of

@@ -15,23 +15,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3NextForCausalLM
 
 from data.packing import Batch
-from finetune import engine as engines
-from finetune.balance import count_rows, router_loss
 from finetune.checkpoint.adapter import export_adapter
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.merged import export_merged
 from finetune.checkpoint.resume import open_state
 from finetune.checkpoint.trained import LoraFactors, split_trained
 from finetune.checkpoint.weights import from_pretrained
-from finetune.kernels.experts import experts_grouped
-from finetune.lora import AdapterError, base_model, inject
+from finetune.distributed import world as worlds
+from finetune.distributed.expert_exchange import attach
+from finetune.engine import engine as engines
+from finetune.engine.optimizer import MOMENTS, learning_rate, parameter_groups
+from finetune.kernels.torch.experts import experts_grouped
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.model.moe import ExpertCompute, ExpertFactors, Experts, LowRank, experts_in_a_loop
-from finetune.optim import MOMENTS, learning_rate, parameter_groups
-from finetune.parallel import world as worlds
-from finetune.parallel.experts import attach
-from finetune.step import optimize, token_counts
+from finetune.training.lora import AdapterError, base_model, inject
+from finetune.training.router_loss import count_rows, router_loss
+from finetune.training.step import optimize, token_counts
 from tests.checkpoints import write_checkpoint
 from tests.configs import tiny_config
 from tests.ranks import ranks

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from finetune.kernels.choose import KernelError, choose, install
-from finetune.kernels.experts import experts_grouped
-from finetune.kernels.fused_experts import experts_fused, moe_fused
+from finetune.kernels.torch.experts import experts_grouped
 from finetune.kernels.trial import Place
+from finetune.kernels.triton.fused_experts import experts_fused, moe_fused
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.model.moe import ExpertCompute, Experts, experts_in_a_loop

@@ -18,7 +18,7 @@ from finetune.checkpoint.resume import open_state
 from finetune.checkpoint.shards import read_header
 from finetune.checkpoint.trained import LoraFactors, split_trained
 from finetune.checkpoint.weights import from_pretrained
-from finetune.lora import inject
+from finetune.training.lora import inject
 from tests.checkpoints import write_checkpoint
 from tests.configs import CONFIGS, randomise, tiny_config
 from tests.tiny_checkpoints import COMPANIONS, MTP, all_tensors, assert_same_tensors, save_released, transformers_model

@@ -16,10 +16,11 @@ from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.mark import MARK, About
 from finetune.checkpoint.merged import export_merged
 from finetune.commands.export import export_run
-from finetune.recipe import RecipeError, load_recipe
-from finetune.run_folder import check_folder, recipe_of
-from finetune.run_recipe import recipe_state
-from finetune.saving import _check_recipe
+from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import RecipeError
+from finetune.run.folder import check_folder, recipe_of
+from finetune.run.stored_recipe import recipe_state
+from finetune.training.saving import _check_recipe
 from monitoring.metrics import MetricsFile
 from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT, Place, files, place, run_with_checkpoint

@@ -8,8 +8,10 @@ import pytest
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from finetune import familiar, wording
-from finetune.recipe import RecipeError, json_schema, load_recipe
+from finetune.recipe import familiar
+from finetune.recipe import messages as wording
+from finetune.recipe.load import json_schema, load_recipe
+from finetune.recipe.recipe import RecipeError
 
 SETTINGS = wording.settings_of(json_schema())
 OURS = {key.rpartition(".")[2] for key in SETTINGS}

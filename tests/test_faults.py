@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from finetune.checkpoint.resume import newest_checkpoint, open_state
-from finetune.run_folder import finished_step
+from finetune.run.folder import finished_step
 from monitoring.metrics import read_metrics
 from tests.commands import SECONDS, TINY, UNWATCHED, Place, launcher, place, records, start
 from tests.poison import poison

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from finetune.broken_step import BATCH, FACTS, _check_own
 from finetune.checkpoint.folder import TEMPORARY, whole_folder
 from finetune.checkpoint.layout import CheckpointError
+from finetune.training.nonfinite import BATCH, FACTS, _check_own
 
 MOMENTS = 60  # more than a write has; what is left over are writes that end
 

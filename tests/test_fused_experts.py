@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.kernels.fused_experts import experts_fused, moe_fused
+from finetune.kernels.triton.fused_experts import experts_fused, moe_fused
 from finetune.model.config import Recompute
 from finetune.model.moe import ExpertFactors, LowRank, Routing, exchange_locally, experts_in_a_loop
 from tests.configs import tiny_config
@@ -115,7 +115,7 @@ def test_recompute_gives_the_same_gradients_and_does_not_compute_the_down_projec
 ) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    from finetune.kernels import fused_experts
+    from finetune.kernels.triton import fused_experts
 
     x, routing, more = tensors(CASES["even"])
     plain = run(fused, x, routing, more, lambda place: False)
@@ -137,7 +137,7 @@ def test_recompute_gives_the_same_gradients_and_does_not_compute_the_down_projec
 def test_a_layer_computed_again_skips_the_down_projection(
     again: Recompute, padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.kernels import fused_experts
+    from finetune.kernels.triton import fused_experts
 
     model = random_model(tiny_config(num_hidden_layers=1, layer_types=["full_attention"]))
     model.model.layers[0].mlp.whole = moe_fused
@@ -154,7 +154,7 @@ def test_a_layer_computed_again_skips_the_down_projection(
 
 
 def test_frozen_experts_get_no_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.kernels import fused_experts
+    from finetune.kernels.triton import fused_experts
 
     def refuse(*args: object) -> Tensor:
         raise AssertionError("a weight gradient was computed")

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from finetune.checkpoint.resume import chosen_checkpoint, newest_checkpoint, open_state
-from finetune.hosts import read_hostfile
-from finetune.recipe import load_recipe
-from finetune.replay import read_step
-from finetune.results import print_summary
-from finetune.run_folder import check_folder, claim, finished_step, stopped_step
+from finetune.cluster.hostfile import read_hostfile
+from finetune.commands.replay import read_step
+from finetune.commands.summary import print_summary
+from finetune.recipe.load import load_recipe
+from finetune.run.folder import check_folder, claim, finished_step, stopped_step
 from monitoring.metrics import MetricsFile, read_metrics
 from monitoring.routing import RoutingSnapshot, read_snapshot, write_snapshot
 from tests.checkpoints import write_checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.gpus import Gpu, _of_driver, gpus
+from finetune.cluster.gpus import Gpu, _of_driver, gpus
 
 # A driver with two devices; `INIT` is what it answers to the first call.
 DRIVER = """

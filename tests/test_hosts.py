@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.hosts import HostError, describe, read_hostfile
-from finetune.parallel.slurm import SlurmError, first_node, task_environment, tasks_by_node
+from finetune.cluster.hostfile import HostError, describe, read_hostfile
+from finetune.cluster.slurm import SlurmError, first_node, task_environment, tasks_by_node
 from tests.commands import ROOT
 from tests.hosts import write_tool
 

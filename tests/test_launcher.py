@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetune.launcher import launcher_of
+from finetune.cluster.launcher import launcher_of
 
 ROOT = Path(__file__).resolve().parent.parent
 # As DeepSpeed's launcher sets it on one host.
@@ -29,7 +29,7 @@ os.environ["NEXTUNE_PARENT"] = str(os.getppid())
 import time
 open("started", "w").close()
 time.sleep(1)
-from finetune.launcher import launcher_of
+from finetune.cluster.launcher import launcher_of
 launcher = launcher_of(os.environ)
 launcher.begin()
 open("watched", "w").close()

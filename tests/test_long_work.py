@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune.run_folder import finished_step
+from finetune.run.folder import finished_step
 from tests.commands import ROOT, TINY, UNWATCHED, launcher, place, records, run
 
 # train.py whose ranks may stand still for 12 seconds, and where on rank 0 much takes longer than that, in small parts.
@@ -14,10 +14,10 @@ SLOW = """
 import os, runpy, sys, time
 sys.path[0] = {root!r}
 from data import build
-from finetune import launch
+from finetune.commands import train as launch
 from finetune.checkpoint import part_file
 from finetune.model.model import Block
-from finetune.watch import Watch
+from finetune.run.watchdog import Watch
 
 launch.Watch = lambda folder, rank, stall_seconds: Watch(folder, rank, stall_seconds=12, grace_seconds=2)
 encode, forward = build.encode, Block.forward

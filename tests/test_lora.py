@@ -7,11 +7,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from finetune.adapter_targets import all_linear_sentence, meant_targets
-from finetune.lora import AdapterError, base_model, inject, target_modules
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM, initialise
-from finetune.recipe_sections import MIXER_TARGETS, Lora
+from finetune.plan.adapter_targets import all_linear_sentence, meant_targets
+from finetune.recipe.sections import MIXER_TARGETS, Lora
+from finetune.training.lora import AdapterError, base_model, inject, target_modules
 from tests.configs import CONFIGS, tiny_config
 from tests.test_model import LOGITS_TOLERANCE, pair, random_model
 

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from finetune.kernels.lora import adapted_linear
-from finetune.lora import AdaptedLinear, base_model, inject
+from finetune.kernels.torch.lora import adapted_linear
+from finetune.training.lora import AdaptedLinear, base_model, inject
 from tests.configs import CONFIGS
 from tests.kernels import assert_as_exact, assert_equal_forms
 from tests.test_model import random_model

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.kernels import loss
-from finetune.kernels.loss import token_loss_sum_fused
+from finetune.kernels.triton import loss
+from finetune.kernels.triton.loss import token_loss_sum_fused
 from finetune.model.head import IGNORED, token_loss_sum
 from tests.kernels import assert_as_exact, assert_equal_forms, outputs_and_gradients
 

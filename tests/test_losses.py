@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
 
-from finetune.losses import load_balance, load_share, router_z
+from finetune.training.losses import load_balance, load_share, router_z
 
 TOKENS, EXPERTS, TOP_K = 61, 7, 3
 ONE_GROUP = torch.zeros(TOKENS, dtype=torch.long)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.kernels.norm import rms_norm_fused
+from finetune.kernels.triton.norm import rms_norm_fused
 from finetune.model.layers import rms_norm
 from tests.kernels import assert_as_exact, assert_equal_forms
 
@@ -24,7 +24,7 @@ def test_output_and_gradients(shape: tuple[int, ...], trains: bool) -> None:
 
 
 def test_more_rows_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.kernels.norm.PROGRAMS", 3)
+    monkeypatch.setattr("finetune.kernels.triton.norm.PROGRAMS", 3)
     assert_equal_forms(rms_norm_fused, rms_norm, inputs(8, 5), rtol=1e-5, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune import cli
-from finetune.paths import path_problem
+from finetune.recipe.paths import path_problem
 from tests.commands import ROOT
 
 TINY = ("--recipe", str(ROOT / "recipes/tiny.yaml"))

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_scheduler
 
-from finetune.lora import inject
+from finetune.engine.optimizer import learning_rate, optimizer_of, parameter_groups
 from finetune.model.config import ModelConfig
 from finetune.model.layers import GatedRMSNorm, RMSNorm
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.optim import learning_rate, optimizer_of, parameter_groups
-from finetune.recipe_sections import MIXER_TARGETS, Optim
+from finetune.recipe.sections import MIXER_TARGETS, Optim
+from finetune.training.lora import inject
 from tests.configs import CONFIGS, randomise
 
 SCHEDULES = [

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from data.packing import Batch
-from finetune import engine as engines
+from finetune.distributed import world as worlds
+from finetune.distributed.expert_exchange import attach
+from finetune.distributed.world import World
+from finetune.engine import engine as engines
+from finetune.engine.optimizer import learning_rate, parameter_groups
 from finetune.model.config import ModelConfig
-from finetune.optim import learning_rate, parameter_groups
-from finetune.parallel import world as worlds
-from finetune.parallel.experts import attach
-from finetune.parallel.world import World
-from finetune.planner import plan
-from finetune.recipe import Recipe
-from finetune.recipe_notes import notes
-from finetune.recipe_rules import RULES
-from finetune.recipe_sections import Optim, Router
-from finetune.step import optimize
+from finetune.plan.planner import plan
+from finetune.recipe.notes import notes
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.rules import RULES
+from finetune.recipe.sections import Optim, Router
+from finetune.training.step import optimize
 from tests.configs import tiny_config
 from tests.ranks import ranks
 from tests.test_planner import CPU
@@ -201,7 +201,7 @@ def test_the_plan_counts_what_is_stored(name: str, two_ranks: list[dict[str, Any
 
 def planned(case: Case) -> Recipe:
     """The recipe with the adapters of the case's model."""
-    from finetune.recipe_sections import Lora
+    from finetune.recipe.sections import Lora
     from tests.test_rank_layouts import TARGETS
 
     lora = Lora(rank=3, alpha=6.0, targets=TARGETS["lora"]) if case.layout.train == "lora" else None

@@ -7,14 +7,14 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from data.packing import Batch
-from finetune.balance import router_loss
-from finetune.kernels.experts import experts_grouped
+from finetune.distributed import expert_exchange as experts
+from finetune.kernels.torch.experts import experts_grouped
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
 from finetune.model.moe import MoE
-from finetune.parallel import experts
-from finetune.recipe import Router
-from finetune.step import token_counts
+from finetune.recipe.recipe import Router
+from finetune.training.router_loss import router_loss
+from finetune.training.step import token_counts
 from tests.configs import randomise, tiny_config
 from tests.host_waits import host_waits
 from tests.ranks import ranks

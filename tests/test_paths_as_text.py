@@ -10,10 +10,10 @@ from data.sources import Source
 from data.tokenizer import load_tokenizer
 from finetune.checkpoint import fingerprint, manifest, mark, resume, shards, weights
 from finetune.commands.export import export_run
+from finetune.commands.summary import print_summary
 from finetune.model.config import ModelConfig
-from finetune.recipe import load_recipe
-from finetune.results import print_summary
-from finetune.run_folder import finished_step, recipe_of, stopped_step
+from finetune.recipe.load import load_recipe
+from finetune.run.folder import finished_step, recipe_of, stopped_step
 from monitoring.metrics import MetricsFile, read_metrics
 from tests.commands import ROOT, Place, place, run_with_checkpoint
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from finetune.checkpoint.folder import save_tensors, whole_folder
-from finetune.recipe import load_recipe
-from finetune.run_folder import claim, folder_of, mark_finished
+from finetune.recipe.load import load_recipe
+from finetune.run.folder import claim, folder_of, mark_finished
 from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT
 

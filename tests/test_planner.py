@@ -16,9 +16,32 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3NextConfig
 
 from data.packing import Batch
-from finetune import engine as engines
-from finetune import planner, state_bytes
-from finetune.activations import (
+from finetune.distributed import world as worlds
+from finetune.distributed.expert_exchange import attach
+from finetune.engine import engine as engines
+from finetune.engine.optimizer import MOMENTS
+from finetune.kernels.choose import CPU_MIXERS, Kernels, Layers, Mixers, install
+from finetune.kernels.torch.experts import experts_grouped
+from finetune.kernels.triton import attention as attention_kernel
+from finetune.kernels.triton import (
+    delta_rule,
+    deltanet,
+    fused_experts,
+    gated_norm,
+    loss,
+    norm,
+    residual_norm,
+    router,
+    swiglu,
+)
+from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
+from finetune.model.delta_rule import chunked_gated_delta_rule
+from finetune.model.head import token_loss_sum
+from finetune.model.model import PADDING, HybridMoEForCausalLM
+from finetune.model.moe import Experts, MoE
+from finetune.plan import planner
+from finetune.plan import state_memory as state_bytes
+from finetune.plan.activations import (
     DELTA_CHUNK_TOKENS,
     LOSS_CHUNK_BYTES,
     LOSS_CHUNK_TOKENS,
@@ -28,27 +51,17 @@ from finetune.activations import (
     kept_between_layers,
     mixer_tensors,
 )
-from finetune.adapter_targets import adapter_parameters
-from finetune.arithmetic import recompute_operations, step_operations
-from finetune.kernels import attention as attention_kernel
-from finetune.kernels import delta_rule, deltanet, fused_experts, gated_norm, loss, norm, residual_norm, router, swiglu
-from finetune.kernels.choose import CPU_MIXERS, Kernels, Layers, Mixers, install
-from finetune.kernels.experts import experts_grouped
-from finetune.lora import inject
-from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
-from finetune.model.delta_rule import chunked_gated_delta_rule
-from finetune.model.head import token_loss_sum
-from finetune.model.model import PADDING, HybridMoEForCausalLM
-from finetune.model.moe import Experts, MoE
-from finetune.optim import MOMENTS
-from finetune.parallel import world as worlds
-from finetune.parallel.experts import attach
-from finetune.plan_text import render
-from finetune.planner import Plan, model_config, plan
-from finetune.recipe import CHECKOUT, Recipe, RecipeError, load_recipe
-from finetune.recipe_sections import MIXER_TARGETS
-from finetune.step import optimize
-from finetune.workload import GIB, Machine
+from finetune.plan.adapter_targets import adapter_parameters
+from finetune.plan.operations import recompute_operations, step_operations
+from finetune.plan.planner import Plan, model_config, plan
+from finetune.plan.report import render
+from finetune.plan.workload import GIB, Machine
+from finetune.recipe.load import load_recipe
+from finetune.recipe.paths import CHECKOUT
+from finetune.recipe.recipe import Recipe, RecipeError
+from finetune.recipe.sections import MIXER_TARGETS
+from finetune.training.lora import inject
+from finetune.training.step import optimize
 from tests.configs import CONFIGS, randomise, tiny_config
 from tests.ranks import ranks
 

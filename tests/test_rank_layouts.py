@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from data.packing import Batch
-from finetune import engine as engines
-from finetune.balance import count_rows, router_loss
-from finetune.kernels.experts import experts_grouped
-from finetune.lora import inject
+from finetune.distributed import world as worlds
+from finetune.distributed.expert_exchange import attach
+from finetune.engine import engine as engines
+from finetune.engine.optimizer import MOMENTS, learning_rate, parameter_groups
+from finetune.kernels.torch.experts import experts_grouped
 from finetune.model.config import ModelConfig, Recompute
 from finetune.model.model import PADDING, HybridMoEForCausalLM
 from finetune.model.moe import Experts, MoE
-from finetune.optim import MOMENTS, learning_rate, parameter_groups
-from finetune.parallel import world as worlds
-from finetune.parallel.experts import attach
-from finetune.recipe import Recipe
-from finetune.recipe_sections import MIXER_TARGETS
-from finetune.step import optimize, token_counts
-from finetune.window import Windows
+from finetune.recipe.recipe import Recipe
+from finetune.recipe.sections import MIXER_TARGETS
+from finetune.training.lora import inject
+from finetune.training.router_loss import count_rows, router_loss
+from finetune.training.step import optimize, token_counts
+from finetune.training.totals import Windows
 from tests.configs import randomise, tiny_config
 from tests.ranks import ranks
 

@@ -11,10 +11,14 @@ import pytest
 from ruamel.yaml import YAML
 
 from data import sources
-from finetune import recipe as recipes
-from finetune import recipe_sections, wording, yaml_tree
-from finetune.recipe import Recipe, RecipeError, dump, json_schema, load_recipe, resolve
-from finetune.recipe_notes import notes
+from finetune.recipe import messages as wording
+from finetune.recipe import recipe as recipes
+from finetune.recipe import sections as recipe_sections
+from finetune.recipe import yaml_tree
+from finetune.recipe.load import dump, json_schema, load_recipe
+from finetune.recipe.notes import notes
+from finetune.recipe.paths import resolve
+from finetune.recipe.recipe import Recipe, RecipeError
 
 SETTINGS = wording.settings_of(json_schema())
 KEYS = [key for key, setting in SETTINGS.items() if key and "properties" not in setting and not key.endswith(".N")]
@@ -557,7 +561,7 @@ def test_source_formats_are_those_of_the_data_package() -> None:
 
 
 def test_reading_a_recipe_does_not_import_torch() -> None:
-    code = "import sys, finetune.recipe; sys.exit('torch' in sys.modules)"
+    code = "import sys, finetune.recipe.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=recipes.CHECKOUT, check=False).returncode == 0
 
 

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from finetune import throughput, workload
 from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
-from finetune.planner import Plan, plan
-from finetune.recipe import CHECKOUT, RecipeError, load_recipe
-from finetune.recompute import asked_for, described
-from finetune.workload import GIB, Machine
+from finetune.plan import throughput, workload
+from finetune.plan.planner import Plan, plan
+from finetune.plan.recompute import asked_for, described
+from finetune.plan.workload import GIB, Machine
+from finetune.recipe.load import load_recipe
+from finetune.recipe.paths import CHECKOUT
+from finetune.recipe.recipe import RecipeError
 
 CONFIG = ModelConfig.from_dict(json.loads(throughput.REFERENCE.read_text(encoding="utf-8")))
 H100 = Machine(ranks=8, ranks_per_node=8, device_name="NVIDIA H100 80GB HBM3", device_bytes=int(79.6 * GIB))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.checkpoint.layout import CheckpointError
-from finetune.replay import read_step
+from finetune.commands.replay import read_step
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from data.packing import Batch
-from finetune import window
-from finetune.balance import count_rows
-from finetune.journal import Journal
+from finetune.distributed.world import World
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.parallel.world import World
-from finetune.recipe import load_recipe
-from finetune.reports import Reports
+from finetune.recipe.load import load_recipe
+from finetune.training import totals as window
+from finetune.training.journal import Journal
+from finetune.training.reports import Reports
+from finetune.training.router_loss import count_rows
 from tests.commands import ROOT
 from tests.configs import CONFIGS, randomise
 from tests.test_window import alone, batch_of

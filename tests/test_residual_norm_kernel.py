@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.kernels.residual_norm import residual_norm_fused
+from finetune.kernels.triton.residual_norm import residual_norm_fused
 from finetune.model.layers import residual_norm
 from tests.kernels import assert_as_exact, assert_equal_forms
 
@@ -22,7 +22,7 @@ def test_sum_norm_and_gradients(rows: int, dim: int, trains: bool) -> None:
 
 
 def test_more_rows_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.kernels.residual_norm.PROGRAMS", 3)
+    monkeypatch.setattr("finetune.kernels.triton.residual_norm.PROGRAMS", 3)
     assert_equal_forms(residual_norm_fused, residual_norm, inputs(8, 5), rtol=1e-5, atol=1e-5)
 
 

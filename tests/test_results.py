@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from finetune import cli
-from finetune.recipe import RecipeError
-from finetune.results import print_summary
-from finetune.run_folder import recipe_of
+from finetune.commands.summary import print_summary
+from finetune.recipe.recipe import RecipeError
+from finetune.run.folder import recipe_of
 from monitoring.metrics import MetricsFile
 from monitoring.routing import RoutingSnapshot, snapshot_path, write_snapshot
 from tests.commands import Place, place, run_with_checkpoint

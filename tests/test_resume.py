@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import saving as savings
-from finetune import starting_point as starting_points
 from finetune.checkpoint import resume as resumes
 from finetune.checkpoint import writer as writers
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import check_nothing_lost, chosen_checkpoint, newest_checkpoint, open_state
 from finetune.checkpoint.writer import Writer
-from finetune.parallel import world as worlds
-from finetune.parallel.world import RankError
-from finetune.recipe import load_recipe
+from finetune.distributed import world as worlds
+from finetune.distributed.world import RankError
+from finetune.recipe.load import load_recipe
+from finetune.run import starting_point as starting_points
+from finetune.training import saving as savings
 from tests.ranks import ranks
 
 CHECKOUT = Path(__file__).resolve().parents[1]

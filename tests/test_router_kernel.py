@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.kernels.router import route_fused
+from finetune.kernels.triton.router import route_fused
 from finetune.model.moe import Router, Routing
 from tests.kernels import assert_as_exact, assert_equal_forms, outputs_and_gradients
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune import run_place
-from finetune.failure import is_told, record_crash
-from finetune.recipe import Recipe, RecipeError, load_recipe
-from finetune.run_folder import (
+from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import Recipe, RecipeError
+from finetune.run import place as run_place
+from finetune.run.failure import is_told, record_crash
+from finetune.run.folder import (
     check_folder,
     claim,
     finished_step,
@@ -21,8 +22,8 @@ from finetune.run_folder import (
     lost_checkpoint,
     mark_finished,
 )
-from finetune.run_place import hold
-from finetune.run_recipe import recorded
+from finetune.run.place import hold
+from finetune.run.stored_recipe import recorded
 from monitoring.files import replace_file
 from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT
@@ -113,7 +114,7 @@ def test_a_folder_is_held_until_released_or_its_process_is_gone(
         claim(folder, recipe)
     held.release()
     hold(folder).release()
-    code = "import sys, time; from pathlib import Path; from finetune.run_place import hold\n"
+    code = "import sys, time; from pathlib import Path; from finetune.run.place import hold\n"
     code += "held = hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune.recipe import Recipe, RecipeError, load_recipe
-from finetune.run_folder import check_folder, claim, finished_step, folder_of, recipe_of, stopped_step
-from finetune.run_place import check_place, hold, place_notes
-from finetune.watch import Watch
+from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import Recipe, RecipeError
+from finetune.run.folder import check_folder, claim, finished_step, folder_of, recipe_of, stopped_step
+from finetune.run.place import check_place, hold, place_notes
+from finetune.run.watchdog import Watch
 from tests.commands import ROOT
 
 NOBODY = 65534

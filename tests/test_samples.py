@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from finetune import cli
-from finetune.recipe import RecipeError, load_recipe
+from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import RecipeError
 from tests.commands import ROOT, launcher, run
 
 SAMPLES = ROOT / "docs" / "samples"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.checkpoint.resume import newest_checkpoint, open_state
 from finetune.checkpoint.weights import from_pretrained
-from finetune.replay import losses_of_step, read_step
+from finetune.commands.replay import losses_of_step, read_step
 from monitoring.metrics import read_metrics
 from tests.commands import TINY, Done, Place, command, launcher, place, records, run, run_with_checkpoint, write_rows
 from tests.poison import poison

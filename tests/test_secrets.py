@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.recipe import Recipe, RecipeError, load_recipe
+from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import Recipe, RecipeError
 from tests.commands import ROOT
 
 TINY = ROOT / "recipes/tiny.yaml"

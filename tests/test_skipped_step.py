@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from data.packing import Batch
-from finetune import engine as engines
-from finetune.engine import ExpertEngine
+from finetune.distributed import world as worlds
+from finetune.distributed.world import World
+from finetune.engine import engine as engines
+from finetune.engine.engine import ExpertEngine
 from finetune.model.head import IGNORED
 from finetune.model.model import Output
-from finetune.parallel import world as worlds
-from finetune.parallel.world import World
-from finetune.recipe_sections import Router
-from finetune.step import optimize
+from finetune.recipe.sections import Router
+from finetune.training.step import optimize
 from tests.ranks import ranks
 from tests.test_rank_layouts import TOKENS, Layout, batch_of_step, model_of, recipe_of
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from finetune import cli
+from finetune.commands.start_notes import start_notes
 from finetune.model.config import ModelConfig
-from finetune.recipe import load_recipe
-from finetune.start_notes import start_notes
+from finetune.recipe.load import load_recipe
 from tests.commands import ROOT
 
 TINY = ROOT / "recipes/tiny.yaml"

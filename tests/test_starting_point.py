@@ -10,9 +10,10 @@ import torch
 from finetune import cli
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.resume import newest_checkpoint, open_state
-from finetune.recipe import Recipe, load_recipe
-from finetune.run_folder import claim, folder_of, is_complete, mark_finished
-from finetune.starting_point import check_resume_from, rewind, starting_point
+from finetune.recipe.load import load_recipe
+from finetune.recipe.recipe import Recipe
+from finetune.run.folder import claim, folder_of, is_complete, mark_finished
+from finetune.run.starting_point import check_resume_from, rewind, starting_point
 from monitoring.metrics import read_metrics
 from tests.checkpoints import write_checkpoint
 from tests.commands import ROOT, UNWATCHED, Place, place, records

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune.checkpoint.resume import newest_checkpoint, open_state
-from finetune.run_folder import finished_step, stopped_step
+from finetune.run.folder import finished_step, stopped_step
 from tests.commands import ROOT, SECONDS, TINY, UNWATCHED, Place, launcher, place, records, start
 from tests.hosts import Hosts, two_hosts
 
@@ -76,10 +76,11 @@ def ranks_below(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 # train.py with a watch that does not wait for an hour, over ranks of which the second never comes back from one call.
 HANG = """
 import os, sys, time
-from finetune import launch, trainer
+from finetune.commands import train as launch
+from finetune.training import trainer
 from finetune.cli import main
-from finetune.failure import leave
-from finetune.watch import Watch
+from finetune.run.failure import leave
+from finetune.run.watchdog import Watch
 
 where, before = sys.argv[1], int(sys.argv[2])
 real, calls = getattr(trainer, where), []

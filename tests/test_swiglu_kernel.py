@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.kernels.swiglu import add_gated_fused, swiglu_fused
+from finetune.kernels.triton.swiglu import add_gated_fused, swiglu_fused
 from finetune.model.layers import add_gated, swiglu
 from tests.kernels import assert_as_exact, assert_equal_forms
 
@@ -42,7 +42,7 @@ def test_add_gated_without_routed_experts() -> None:
 
 
 def test_add_gated_with_more_rows_than_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.kernels.swiglu.PROGRAMS", 3)
+    monkeypatch.setattr("finetune.kernels.triton.swiglu.PROGRAMS", 3)
     assert_equal_forms(add_gated_fused, add_gated, gated(8, 5), rtol=1e-5, atol=1e-5)
 
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from finetune import throughput
-from finetune.exchange_plan import Links
 from finetune.model.config import ModelConfig
-from finetune.plan_text import render
-from finetune.planner import Plan, plan
-from finetune.recipe import CHECKOUT, load_recipe
-from finetune.throughput import EXTRAPOLATED_MARGIN, RESULTS, SOURCE, Estimate, form_of, measured_rows
-from finetune.workload import GIB, Machine
+from finetune.plan import throughput
+from finetune.plan.exchange import Links
+from finetune.plan.planner import Plan, plan
+from finetune.plan.report import render
+from finetune.plan.throughput import EXTRAPOLATED_MARGIN, RESULTS, SOURCE, Estimate, form_of, measured_rows
+from finetune.plan.workload import GIB, Machine
+from finetune.recipe.load import load_recipe
+from finetune.recipe.paths import CHECKOUT
 
 REFERENCE = json.loads(throughput.REFERENCE.read_text())
 ROWS = [row for row in json.loads(RESULTS.read_text())["rows"] if row["measured"]]

@@ -32,11 +32,11 @@ from data.tokenizer import load_tokenizer
 from finetune.checkpoint.part_file import hash_of
 from finetune.checkpoint.resume import newest_checkpoint, open_state
 from finetune.checkpoint.weights import from_pretrained
-from finetune.datasets import datasets
-from finetune.lora import inject
-from finetune.recipe import load_recipe
-from finetune.results import recipe_of
-from finetune.run_folder import finished_step
+from finetune.commands.summary import recipe_of
+from finetune.recipe.load import load_recipe
+from finetune.run.folder import finished_step
+from finetune.training.datasets import datasets
+from finetune.training.lora import inject
 from monitoring.routing import read_snapshot
 from tests.commands import ROOT, SECONDS, TINY, Done, Place, command, files, launcher, place, records, run, start
 from tests.test_wandb import history, parse, stored_records

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.distributed import distributed_c10d
 
-from finetune.parallel import world as worlds
-from finetune.parallel.world import TIMEOUT, UNWATCHED_TIMEOUT
-from finetune.watch import GRACE_SECONDS, STALL_SECONDS
+from finetune.distributed import world as worlds
+from finetune.distributed.world import TIMEOUT, UNWATCHED_TIMEOUT
+from finetune.run.watchdog import GRACE_SECONDS, STALL_SECONDS
 from tests.ranks import ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +23,8 @@ RANK = """
 import os, sys, time
 from pathlib import Path
 import psutil
-from finetune.launcher import Launcher
-from finetune.watch import Watch
+from finetune.cluster.launcher import Launcher
+from finetune.run.watchdog import Watch
 watch = Watch(Path(sys.argv[1]), 3, stall_seconds=float(sys.argv[2]), grace_seconds=2, repeat_seconds=2)
 launcher = Launcher(os.getppid(), [psutil.Process(os.getppid()).ppid()])
 launcher.begin()
@@ -188,7 +188,7 @@ PEERS = """
 import sys, time, datetime
 from pathlib import Path
 import torch, torch.distributed as dist
-from finetune.watch import Watch
+from finetune.run.watchdog import Watch
 folder, rank, works = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
 watch = Watch(folder, rank, stall_seconds=2, grace_seconds=20)

@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 from transformers.models.qwen3_next.modeling_qwen3_next import load_balancing_loss_func
 
 from data.packing import Batch
-from finetune.balance import count_rows
+from finetune.distributed.world import World
 from finetune.model.model import PADDING, HybridMoEForCausalLM
-from finetune.parallel.world import World
-from finetune.window import Totals, Windows
+from finetune.training.router_loss import count_rows
+from finetune.training.totals import Totals, Windows
 from tests.configs import CONFIGS
 from tests.test_model import pair
 

@@ -1,1 +1,1 @@
-"""One file a command: what `python -m finetune COMMAND` does with a recipe that has been read."""
+"""The commands of `python -m finetune`, one file each."""

@@ -5,9 +5,9 @@ from rich.console import Console
 from data.show import describe, show_pack
 from data.tokenizer import load_tokenizer
 from finetune.checkpoint.weights import resolve_model
-from finetune.datasets import datasets
 from finetune.model.config import ModelConfig
-from finetune.recipe import Recipe
+from finetune.recipe.recipe import Recipe
+from finetune.training.datasets import datasets
 
 
 def show_data(recipe: Recipe, packs: int) -> int:

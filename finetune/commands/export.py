@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.adapter_limits import adapter_limits
 from finetune.checkpoint.adapter import export_adapter
+from finetune.checkpoint.adapter_limits import adapter_limits
 from finetune.checkpoint.fingerprint import is_of
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.manifest import hash_of_values, read_manifest
@@ -17,11 +17,11 @@ from finetune.checkpoint.merged import export_merged
 from finetune.checkpoint.resume import chosen_checkpoint, open_state
 from finetune.checkpoint.trained import LoraFactors, split_trained
 from finetune.checkpoint.weights import resolve_model
+from finetune.commands.model_card import Exported, model_card, versions
 from finetune.model.config import ModelConfig
-from finetune.model_card import Exported, model_card, versions
-from finetune.recipe import is_hub_id, resolve
-from finetune.run_folder import FREE, finished_step
-from finetune.run_recipe import RunRecipe, file_note, recipe_in, run_recipe
+from finetune.recipe.paths import is_hub_id, resolve
+from finetune.run.folder import FREE, finished_step
+from finetune.run.stored_recipe import RunRecipe, file_note, recipe_in, run_recipe
 
 COMMAND = "python -m finetune export"  # who writes an export, unless somebody else says so
 

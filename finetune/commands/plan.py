@@ -7,17 +7,17 @@ import sys
 import psutil
 
 from data.token_ids import check_rows, token_ids
-from finetune.epochs import planned_steps, tokenizer_folder
-from finetune.exchange_plan import Links
-from finetune.gpus import gpus
-from finetune.plan_text import render
-from finetune.planner import model_config, plan
-from finetune.ranks import fit_to_ranks, ranks_here
-from finetune.recipe import Recipe, RecipeError
-from finetune.run_folder import folder_of
-from finetune.run_place import check_place
-from finetune.start_notes import start_notes
-from finetune.workload import GIB, Machine
+from finetune.cluster.gpus import gpus
+from finetune.commands.ranks import fit_to_ranks, ranks_here
+from finetune.commands.start_notes import start_notes
+from finetune.plan.exchange import Links
+from finetune.plan.planner import model_config, plan
+from finetune.plan.report import render
+from finetune.plan.workload import GIB, Machine
+from finetune.recipe.recipe import Recipe, RecipeError
+from finetune.run.folder import folder_of
+from finetune.run.place import check_place
+from finetune.training.epochs import planned_steps, tokenizer_folder
 
 
 def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_gib: float | None, links: Links) -> int:

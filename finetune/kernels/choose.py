@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from finetune.kernels import trial
-from finetune.kernels.delta_rule_products import gated_delta_rule_by_products
-from finetune.kernels.deltanet_cpu import prepare_cpu
-from finetune.kernels.experts import experts_grouped
+from finetune.kernels.cpu.delta_rule_products import gated_delta_rule_by_products
+from finetune.kernels.cpu.deltanet import prepare_cpu
+from finetune.kernels.torch.experts import experts_grouped
 from finetune.kernels.trial import Place
 from finetune.model import attention, deltanet
 from finetune.model.attention import GatedAttention, Isolate
@@ -139,7 +139,7 @@ def _choose_experts(kind: str, place: Place, kernels: Kernels) -> str:
     faults = []
     if kind == "fused" or (kind == "auto" and place.device.type == "cuda"):
         try:
-            from finetune.kernels.fused_experts import experts_fused, moe_fused
+            from finetune.kernels.triton.fused_experts import experts_fused, moe_fused
 
             error = max(trial.experts(experts_fused, place), trial.whole(moe_fused, place))
             kernels.experts, kernels.whole = experts_fused, moe_fused
@@ -196,11 +196,11 @@ def _chosen(
 
 
 def _fused_layers(place: Place) -> tuple[Layers, float]:
-    from finetune.kernels.loss import token_loss_sum_fused
-    from finetune.kernels.norm import rms_norm_fused
-    from finetune.kernels.residual_norm import residual_norm_fused
-    from finetune.kernels.router import route_fused
-    from finetune.kernels.swiglu import add_gated_fused, swiglu_fused
+    from finetune.kernels.triton.loss import token_loss_sum_fused
+    from finetune.kernels.triton.norm import rms_norm_fused
+    from finetune.kernels.triton.residual_norm import residual_norm_fused
+    from finetune.kernels.triton.router import route_fused
+    from finetune.kernels.triton.swiglu import add_gated_fused, swiglu_fused
 
     forms = Layers(
         rms_norm_fused, residual_norm_fused, route_fused, swiglu_fused, add_gated_fused, token_loss_sum_fused
@@ -209,10 +209,10 @@ def _fused_layers(place: Place) -> tuple[Layers, float]:
 
 
 def _fused_mixers(place: Place) -> tuple[Mixers, float]:
-    from finetune.kernels.attention import attend_documents, document_starts, gate_output_fused, prepare_fused
-    from finetune.kernels.delta_rule import gated_delta_rule
-    from finetune.kernels.deltanet import prepare_fused as prepare_delta_fused
-    from finetune.kernels.gated_norm import gated_norm_fused
+    from finetune.kernels.triton.attention import attend_documents, document_starts, gate_output_fused, prepare_fused
+    from finetune.kernels.triton.delta_rule import gated_delta_rule
+    from finetune.kernels.triton.deltanet import prepare_fused as prepare_delta_fused
+    from finetune.kernels.triton.gated_norm import gated_norm_fused
 
     forms = Mixers(
         prepare_delta=prepare_delta_fused,

@@ -1,0 +1,1 @@
+"""Forms in plain torch for every device."""

@@ -1,1 +1,0 @@
-"""Ranks, process groups, and the exchange of expert rows between them."""

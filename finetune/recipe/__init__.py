@@ -1,0 +1,1 @@
+"""Recipes: every setting, reading a file, rules between settings, messages. Imports no torch."""

@@ -1,0 +1,103 @@
+"""A recipe: every setting of one run, by section. `load.py` makes one from a file. Imports no torch."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from finetune.recipe.sections import (
+    Checkpoint,
+    Data,
+    Kernels,
+    Lora,
+    Model,
+    Monitor,
+    Optim,
+    Output,
+    Parallel,
+    Router,
+    Section,
+    Train,
+)
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+LONGEST_NAME = 100
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run: one line for each mistake, with its place, its key and what to do."""
+
+
+class Recipe(Section):
+    """Every setting of one run."""
+
+    name: Annotated[str, Field(pattern=f"^{NAME}$", max_length=LONGEST_NAME)] = ""
+    """Name of the run and of its folder; the recipe's file name by default."""
+    model: Model
+    """The model that is trained."""
+    data: Data
+    """What is trained on, and what is only measured."""
+    train: Train = Train()
+    """How much is trained, and in what portions."""
+    optim: Optim = Optim()
+    """The optimizer and its schedule."""
+    lora: Lora | None = Lora()
+    """Low-rank adapters on a frozen base; null trains every parameter of the model instead."""
+    router: Router = Router()
+    """The routers of the experts."""
+    parallel: Parallel = Parallel()
+    """How the work is divided over processes."""
+    kernels: Kernels = Kernels()
+    """Which form of a computation is used where there are several."""
+    monitor: Monitor = Monitor()
+    """What is watched beside the loss."""
+    checkpoint: Checkpoint = Checkpoint()
+    """What a run can be continued from."""
+    output: Output = Output()
+    """Where results go."""
+
+    @property
+    def packs_per_micro_batch(self) -> int:
+        """Training sequences that one rank forwards at once."""
+        return self.train.micro_batch_tokens // self.train.sequence_tokens
+
+    @property
+    def drift_every_steps(self) -> int:
+        """How often drift is measured: never without adapters, which alone leave a frozen base to compare with."""
+        return self.monitor.drift_every_steps if self.lora is not None else 0
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches that each of `ranks` ranks forwards in one optimizer step.
+
+        Raises:
+            RecipeError: the global batch does not divide evenly over so many ranks.
+        """
+        problem = batch_problem(self, ranks)
+        if problem is not None:
+            raise RecipeError(f"{self.name}: train.global_batch_tokens: {problem}")
+        return self.train.global_batch_tokens // (self.train.micro_batch_tokens * ranks)
+
+    def check_ranks(self, ranks: int, num_experts: int) -> None:
+        """Refuse a number of ranks, or a model, that the recipe's expert parallel size does not fit.
+
+        Raises:
+            RecipeError: says which number parallel.expert does not divide.
+        """
+        expert = self.parallel.expert
+        for whole, what in ((ranks, "ranks of this run"), (num_experts, "experts of the model")):
+            if whole % expert:
+                raise RecipeError(f"{self.name}: parallel.expert: {expert} does not divide the {whole} {what}")
+
+
+def batch_problem(recipe: "Recipe", ranks: int) -> str | None:
+    """Why the global batch does not divide into whole micro-batches of `ranks` ranks, or None."""
+    whole, micro = recipe.train.global_batch_tokens, recipe.train.micro_batch_tokens
+    return multiple_problem(
+        whole, micro * ranks, f"train.micro_batch_tokens x {ranks} rank{'s' if ranks > 1 else ''} ({micro} x {ranks})"
+    )
+
+
+def multiple_problem(whole: int, part: int, name: str) -> str | None:
+    if whole % part == 0:
+        return None
+    near = max(round(whole / part), 1) * part
+    return f"{whole} is not a multiple of {name}; {near} is"

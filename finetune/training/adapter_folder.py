@@ -1,0 +1,133 @@
+"""Starting from an adapter in peft's form: ours, or one that stock peft saved on transformers' model of this family.
+
+What makes its factors mean the same here is compared with the recipe, and every tensor is used or refused by name.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from finetune.checkpoint.adapter import CONFIG, WEIGHTS
+from finetune.checkpoint.shards import listed, read_header
+from finetune.recipe.sections import Lora
+from finetune.training.lora import ADAPTER, EXPERT_MATRICES, AdapterError
+from monitoring.json_file import FileError, read_object
+
+# What peft may add to an adapter that has no counterpart here, with the value that means nothing was added.
+_PLAIN: dict[str, Any] = {
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "trainable_token_indices": None,
+    "layer_replication": None,
+    "use_qalora": False,
+}
+_PREFIX = "base_model.model."
+_LINEAR = re.compile(rf"(?P<module>.+)\.lora_(?P<factor>[AB])\.{ADAPTER}\.weight")
+_EXPERTS = re.compile(rf"(?P<module>.+)\.lora_(?P<factor>[AB])\.(?P<matrix>{'|'.join(EXPERT_MATRICES)})")
+
+
+def check_adapter(folder: Path, lora: Lora) -> None:
+    """Compare rank and scale of the adapter in `folder` with the recipe's; reads its config alone.
+
+    Raises:
+        AdapterError: it is no LoRA adapter in peft's form, or another one than the recipe asks for.
+    """
+    try:
+        config = read_object(folder / CONFIG)
+    except (FileError, OSError) as error:
+        raise AdapterError(
+            f"lora.init_from: {folder}: not an adapter in peft's form ({error}); `python -m finetune export"
+            " RUN --format adapter` writes one"
+        ) from None
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"lora.init_from: {folder} holds an adapter of type {config.get('peft_type')}, not LORA")
+    for key, ours, name in (
+        ("r", lora.rank, "rank"),
+        ("lora_alpha", lora.alpha, "alpha"),
+        ("use_rslora", lora.use_rslora, "use_rslora"),
+    ):
+        theirs = config.get(key, False)
+        if theirs != ours:
+            raise AdapterError(
+                f"lora.init_from: {folder} has {key} {_shown(theirs)}; set lora.{name} to that, it is {_shown(ours)}"
+            )
+    added = [key for key, plain in _PLAIN.items() if (config.get(key) or plain) != plain]
+    if added:
+        raise AdapterError(f"lora.init_from: {folder} uses {', '.join(added)}, which has no counterpart here")
+    if not (folder / WEIGHTS).exists():
+        raise AdapterError(f"lora.init_from: {folder} holds no {WEIGHTS}; save the adapter with safetensors")
+
+
+def adapter_values(
+    folder: Path, lora: Lora, parameters: Mapping[str, torch.Size], local_experts: range
+) -> dict[str, Tensor]:
+    """The values that the adapter in `folder` gives to these parameters of adapters, float32.
+
+    Args:
+        parameters: name in our model and shape on this rank.
+        local_experts: those that this rank holds.
+
+    Raises:
+        AdapterError: a tensor has no place here, is missing, has another shape or is not finite.
+    """
+    check_adapter(folder, lora)
+    wanted = {name: _stored_name(name) for name in parameters}
+    header = read_header(folder / WEIGHTS)
+    if homeless := sorted(header.keys() - set(wanted.values())):
+        raise AdapterError(
+            f"lora.init_from: {folder} holds {listed(homeless)}, which lora.targets does not adapt in this model; add"
+            " the target, or take these tensors out of the adapter"
+        )
+    if absent := sorted(set(wanted.values()) - header.keys()):
+        raise AdapterError(
+            f"lora.init_from: {folder} lacks {listed(absent)}, which lora.targets adapts; take that target out"
+        )
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return {
+            name: _value(folder, stored, file.get_tensor(stored).float(), parameters[name], lora.rank, local_experts)
+            for name, stored in wanted.items()
+        }
+
+
+def _stored_name(name: str) -> str:
+    """The name in peft's file of a parameter of ours; the wrapper of `gate_up_proj` is inside that of `down_proj`."""
+    if linear := _LINEAR.fullmatch(name):
+        return f"{_PREFIX}{linear['module']}.lora_{linear['factor']}.weight"
+    on_experts = _EXPERTS.fullmatch(name)
+    assert on_experts is not None, f"{name} is no factor of an adapter"
+    inside = ".base_layer" if on_experts["matrix"] == "gate_up_proj" else ""
+    return f"{_PREFIX}{on_experts['module']}{inside}.lora_{on_experts['factor']}.weight"
+
+
+def _value(folder: Path, stored: str, value: Tensor, shape: torch.Size, rank: int, local_experts: range) -> Tensor:
+    """The stored tensor as our parameter of this shape has it: of stacked experts, those of this rank."""
+    if not value.isfinite().all():
+        raise AdapterError(f"lora.init_from: {folder}: {stored} holds numbers that are not finite")
+    found = tuple(value.shape)
+    if len(shape) == 3 and value.dim() == 2:
+        if ".lora_A." in stored and value.shape[0] % rank == 0:
+            value = value.unflatten(0, (-1, rank))  # every expert's rows below those of the one before
+        elif ".lora_B." in stored and value.shape[1] % rank == 0:
+            value = value.unflatten(1, (rank, -1)).movedim(-1, 0)  # experts innermost
+        if value.dim() == 3 and local_experts.stop <= value.shape[0]:
+            value = value[local_experts.start : local_experts.stop]
+    if value.shape != shape:
+        raise AdapterError(
+            f"lora.init_from: {folder}: {stored} is {list(found)}, which does not make {list(shape)}; it belongs to"
+            " another model"
+        )
+    return value.contiguous()
+
+
+def _shown(value: object) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)

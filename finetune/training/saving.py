@@ -1,0 +1,222 @@
+"""A run's checkpoints as all ranks see them: begun together, written while training goes on, gone on from."""
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from data.loader import Loader
+from data.sources import DataError
+from finetune.checkpoint.fingerprint import is_of
+from finetune.checkpoint.layout import CheckpointError
+from finetune.checkpoint.resume import TensorStore, check_nothing_lost, open_state
+from finetune.checkpoint.shards import listed
+from finetune.checkpoint.writer import Writer, Written
+from finetune.distributed.world import World
+from finetune.engine import engine as engines
+from finetune.engine.engine import ExpertEngine
+from finetune.recipe.paths import resolve
+from finetune.recipe.recipe import Recipe, RecipeError
+from finetune.recipe.sections import Lora
+from finetune.run.folder import FREE
+from finetune.run.starting_point import StartingPoint, starting_point
+from finetune.run.stored_recipe import changed_keys, listed_changes, recipe_in, recorded
+from finetune.training.adapter_folder import adapter_values
+from finetune.training.assembly import Say
+from finetune.training.lora import AdapterError
+from monitoring.files import MonitoringError
+
+SECONDS_BETWEEN_LOOKS = 0.1  # at whether all ranks have written
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is whole, and what it cost."""
+
+    written: Written
+    blocked_seconds: float  # for which training stood still: the copy to host memory, and what had to be waited for
+
+
+class Saving:
+    """Saves the state of a run, one checkpoint at a time. `failed` is to be asked, over all ranks, in every step."""
+
+    def __init__(self, root: Path, world: World, *, keep: int, progress: Callable[[], None] = lambda: None):
+        """Nothing is saved yet. Collective: the ranks agree on a name for what they are writing.
+
+        Args:
+            root: folder of the checkpoints.
+            keep: how many stay.
+            progress: called after each piece that is written, by the thread that writes.
+        """
+        token = cast(str, world.gather(secrets.token_hex(4))[0])
+        self._world = world
+        self._writer = Writer(root, rank=world.rank, ranks=world.size, token=token, keep=keep, progress=progress)
+        self._blocked_seconds = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write its part of the checkpoint begun last."""
+        return self._writer.failed
+
+    def begin(
+        self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], *, began: float, spare: list[int]
+    ) -> None:
+        """Hand over a state that is in host memory, once `is_free`, and return at once. Every rank calls it.
+
+        Args:
+            tensors: what this rank answers for.
+            state: what is not a tensor; rank 0's is kept.
+            began: `time.perf_counter()` when training stopped for it.
+            spare: steps whose checkpoints are not deleted.
+        """
+        self._writer.begin(step, tensors, state, spare=spare)
+        self._blocked_seconds = time.perf_counter() - began
+
+    def done(self) -> Saved | None:
+        """The checkpoint begun last, once, as soon as it is whole; only on rank 0. Does not communicate."""
+        if self._writer.failed:
+            return None
+        written = self._writer.finish()
+        return Saved(written, self._blocked_seconds) if written else None
+
+    def settle(self) -> Saved | None:
+        """Wait until what was begun is whole, and return it on rank 0. Communicates.
+
+        Raises:
+            RankError: it could not be written; on all ranks, with the sentence of the one that found out.
+        """
+        self.is_free(math.inf)
+        return self.done()
+
+    def is_free(self, seconds: float) -> bool:
+        """Whether nothing is being written on any rank, after waiting about so long for it. Communicates.
+
+        Raises:
+            RankError: it could not be written; on all ranks, with the sentence of the one that found out.
+        """
+        looks = seconds / SECONDS_BETWEEN_LOOKS  # counted, since clocks would not agree on the last one
+        while True:
+            state = torch.tensor([self._writer.busy, self._writer.failed], dtype=torch.float32)
+            busy, failed = self._world.sum(state.to(self._world.device)).tolist()
+            if failed:
+                self.tell_failure()
+            if not busy or looks <= 0:
+                return not busy
+            looks -= 1
+            self._writer.wait(SECONDS_BETWEEN_LOOKS)
+
+    def tell_failure(self) -> None:
+        """End the run on all ranks because some rank's part could not be written. Collective.
+
+        Raises:
+            RankError: says which rank could not write what.
+        """
+        try:
+            with self._world.together(CheckpointError):
+                self._writer.finish()
+        finally:  # a rank that still waited would be deaf to its launcher meanwhile, which is ending all of them
+            self._writer.abandon()
+
+    def close(self) -> None:
+        """End what is still being written, within seconds; every rank on its own, in whatever state the others are."""
+        self._writer.close()
+
+
+def resume(
+    folder: Path,
+    recipe: Recipe,
+    engine: ExpertEngine,
+    loader: Loader,
+    world: World,
+    *,
+    base: Path,
+    base_now: str,
+    say: Say,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Any], TensorStore] | None:
+    """Put the checkpoint that the run starts from into engine and loader; its state and tensors, or None. Collective.
+
+    Args:
+        folder: of the run.
+        base: folder of the base weights that the run stands on.
+        base_now: their fingerprint.
+        recipe: of this start; what defines a run in it must be as a checkpoint of this run has it.
+        progress: called after each piece that is hashed and each tensor that is read.
+
+    Raises:
+        RankError: the checkpoint is of another recipe, other base weights or other data, or there were some and none is
+            whole, or the disk cannot be read.
+    """
+    root = folder / "checkpoints"
+    with world.together(CheckpointError, RecipeError, MonitoringError):
+        found = starting_point(folder, recipe, progress) if world.is_main else None
+    start = cast(StartingPoint, world.gather(found)[0])
+    for sentence in start.said:
+        say(sentence)
+    if start.checkpoint is None:
+        with world.together(CheckpointError, MonitoringError):
+            if world.is_main:
+                check_nothing_lost(root)
+        if recipe.lora is not None and recipe.lora.init_from is not None:
+            _start_from_adapter(recipe.lora, recipe.lora.init_from, engine, world, say)
+        return None
+    with world.together(CheckpointError, DataError):
+        state, tensors = open_state(start.checkpoint)
+        if not start.of_another_run:
+            _check_recipe(recipe, state, start.checkpoint)
+        if not is_of(state["base"], base, base_now):
+            raise CheckpointError(
+                f"{start.checkpoint}: belongs to other base weights than {recipe.model.path} holds now; put them back,"
+                " or start a new run under another name"
+            )
+        loader.restore(state["loader"])
+        if start.of_another_run:
+            _check_same_parameters(start.checkpoint, tensors, engine)
+            state |= {"best": None, "wandb": None, "early_stopping": None, "of_another_run": True}
+
+    def read(name: str) -> Tensor:
+        progress()
+        return tensors.read(name)
+
+    engines.restore(engine, read, step=state["step"] - state["left_out"]["total"])
+    say(f"continuing after step {state['step']} from {start.checkpoint}")
+    return state, tensors
+
+
+def _check_same_parameters(checkpoint: Path, tensors: TensorStore, engine: ExpertEngine) -> None:
+    """Refuse a checkpoint of another run that holds parameters which do not train here; one that lacks some is too."""
+    trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    others = sorted({name.split("::")[0] for name in tensors if "::" in name} - trained)
+    if others:
+        raise CheckpointError(
+            f"{checkpoint}: holds {listed(others)}, which do not train here; use the recipe of the run it comes from"
+        )
+
+
+def _check_recipe(recipe: Recipe, state: Mapping[str, Any], folder: Path) -> None:
+    stored = recipe_in(state, folder)  # None in an earlier version: recipe.yaml was compared before the start
+    changed = changed_keys(recorded(recipe).model_dump(mode="json"), stored, FREE) if stored else {}
+    if changed:
+        raise CheckpointError(
+            f"{folder}: belongs to a run of another recipe ({listed_changes(changed)}); undo the change, or start a new"
+            " run under another name"
+        )
+
+
+def _start_from_adapter(lora: Lora, init_from: str, engine: ExpertEngine, world: World, say: Say) -> None:
+    folder = resolve(init_from) or Path(init_from)
+    shapes = {
+        name: parameter.shape
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad and ".lora_" in name
+    }
+    with world.together(AdapterError, CheckpointError):
+        values = adapter_values(folder, lora, shapes, engine.module.local_experts)
+    engines.set_values(engine, values)
+    say(f"adapters start from {folder}: {len(values)} tensors on this rank, each used")
