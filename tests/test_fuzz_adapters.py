@@ -7,11 +7,11 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from finetune.adapter_folder import adapter_values, check_adapter
-from finetune.lora import inject
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM
-from finetune.recipe_sections import Lora
+from finetune.recipe.sections import Lora
+from finetune.training.adapter_folder import adapter_values, check_adapter
+from finetune.training.lora import inject
 from tests.configs import tiny_config
 from tests.fuzzing import changed_bytes, changed_file, few_and_many, fuzz, verdict
 
