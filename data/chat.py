@@ -132,7 +132,7 @@ def _ids(piece: Piece, ids_of: Mapping[str, NDArray[np.int64]], tokenizer: Token
     if piece.text in ids_of:
         return ids_of[piece.text]
     return np.concatenate(
-        [np.array(tokenizer.encode_plain(part), np.int64) for part in portions(piece.text, tokenizer)]
+        [np.array(tokenizer.encode_plain_batch([part])[0], np.int64) for part in portions(piece.text, tokenizer)]
     )
 
 
