@@ -26,128 +26,128 @@ class Planted(NamedTuple):
 
 PLANTED = {
     "experts: gradient of gate without the slope of the sigmoid": Planted(
-        "expert_products", "up * sigmoid * (1 + gate * (1 - sigmoid))", "up * sigmoid", "test_fused_experts"
+        "triton/expert_products", "up * sigmoid * (1 + gate * (1 - sigmoid))", "up * sigmoid", "test_fused_experts"
     ),
     "experts: gradient of the pre-activations without the routing weight": Planted(
-        "expert_products", "d_act *= weight[:, None]", "d_act *= 1.0", "test_fused_experts"
+        "triton/expert_products", "d_act *= weight[:, None]", "d_act *= 1.0", "test_fused_experts"
     ),
     "experts: gradient of the input from one choice too few": Planted(
-        "fused_experts", "d_x = combine(d_rows, rows, None)",
+        "triton/fused_experts", "d_x = combine(d_rows, rows, None)",
         "d_x = combine(d_rows, rows, None) - d_rows[:: rows.top_k]", "test_fused_experts",
     ),
     "experts: gradient of down without one row": Planted(
-        "expert_products", "left.t(), right, offs=ends)", "left.t(), right * 0.999, offs=ends)", "test_fused_experts"
+        "triton/expert_products", "left.t(), right, offs=ends)", "left.t(), right * 0.999, offs=ends)", "test_fused_experts"
     ),
     "experts: factor A of the adapters without its scale": Planted(
-        "fused_experts", "b1.transpose(1, 2), rows, gathered=False, scale=scale)",
+        "triton/fused_experts", "b1.transpose(1, 2), rows, gathered=False, scale=scale)",
         "b1.transpose(1, 2), rows, gathered=False, scale=1.0)", "test_fused_experts",
     ),
     "router: softmax over all instead of over the chosen": Planted(
-        "router", "share = probability * is_chosen", "share = probability", "test_router_kernel"
+        "triton/router", "share = probability * is_chosen", "share = probability", "test_router_kernel"
     ),
     "router: gradient that the router losses give is dropped": Planted(
-        "router", "if d_logits_given is not None:\n        out +=", "if d_logits_given is not None:\n        out -=",
+        "triton/router", "if d_logits_given is not None:\n        out +=", "if d_logits_given is not None:\n        out -=",
         "test_router_kernel",
     ),
     "norm: mean of the products forgotten": Planted(
-        "norm", "back = scale * (given - normed * (tl.sum(given * normed, 0) / dim))", "back = scale * given",
+        "triton/norm", "back = scale * (given - normed * (tl.sum(given * normed, 0) / dim))", "back = scale * given",
         "test_norm_kernel",
     ),
     "norm: gain of the weight summed after it was applied": Planted(
-        "norm", "summed += given * normed\n        given *= gain", "given *= gain\n        summed += given * normed",
+        "triton/norm", "summed += given * normed\n        given *= gain", "given *= gain\n        summed += given * normed",
         "test_norm_kernel",
     ),
     "residual norm: gradient of the sum itself left out": Planted(
-        "residual_norm", "back += tl.load(d_total", "back += 0.0 * tl.load(d_total", "test_residual_norm_kernel"
+        "triton/residual_norm", "back += tl.load(d_total", "back += 0.0 * tl.load(d_total", "test_residual_norm_kernel"
     ),
     "swiglu: gradient of up from the gate, not its activation": Planted(
-        "swiglu", "(d * g * sigmoid).to(d_up", "(d * g).to(d_up", "test_swiglu_kernel"
+        "triton/swiglu", "(d * g * sigmoid).to(d_up", "(d * g).to(d_up", "test_swiglu_kernel"
     ),
     "shared expert: gradient of its gate without the slope": Planted(
-        "swiglu", "* factor * (1 - factor)", "* factor", "test_swiglu_kernel"
+        "triton/swiglu", "* factor * (1 - factor)", "* factor", "test_swiglu_kernel"
     ),
     "loss: the label's own probability kept": Planted(
-        "loss", "start + at == label, 1.0, 0.0)", "start + at == label, 0.99, 0.0)", "test_loss_kernel"
+        "triton/loss", "start + at == label, 1.0, 0.0)", "start + at == label, 0.99, 0.0)", "test_loss_kernel"
     ),
     "loss: scale of the gradient rounded to bfloat16": Planted(
-        "loss", "d * gradient for d", "d * gradient.to(d.dtype) for d", "test_loss_kernel"
+        "triton/loss", "d * gradient for d", "d * gradient.to(d.dtype) for d", "test_loss_kernel"
     ),
     "attention: rotation turned forward instead of back": Planted(
-        "attention", "tl.where(at < half, 1.0, -1.0)[None, :] * aside",
+        "triton/attention", "tl.where(at < half, 1.0, -1.0)[None, :] * aside",
         "tl.where(at < half, -1.0, 1.0)[None, :] * aside", "test_attention_kernel",
     ),
     "attention: gate's gradient without the slope": Planted(
-        "attention", "d_opening = given * value * sigmoid * (1 - sigmoid)", "d_opening = given * value * sigmoid",
+        "triton/attention", "d_opening = given * value * sigmoid * (1 - sigmoid)", "d_opening = given * value * sigmoid",
         "test_attention_kernel",
     ),
     "deltanet: a later document's gradient crosses into the one before": Planted(
-        "deltanet", "debt = tl.where(reached[back], gradient * weights[back], 0.0)", "debt = gradient * weights[back]",
+        "triton/deltanet", "debt = tl.where(reached[back], gradient * weights[back], 0.0)", "debt = gradient * weights[back]",
         "test_deltanet_kernel",
     ),
     "deltanet: convolution weight's gradient counts tokens twice": Planted(
-        "deltanet", "tl.where(own, gradient * values[back], 0.0)", "gradient * values[back]", "test_deltanet_kernel"
+        "triton/deltanet", "tl.where(own, gradient * values[back], 0.0)", "gradient * values[back]", "test_deltanet_kernel"
     ),
     "deltanet: unit length not differentiated": Planted(
-        "deltanet", "gradient = scale * (gradient - act * (scale * scale * tl.sum(gradient * act, 1)[:, None]))",
+        "triton/deltanet", "gradient = scale * (gradient - act * (scale * scale * tl.sum(gradient * act, 1)[:, None]))",
         "gradient = scale * gradient", "test_deltanet_kernel",
     ),
     "deltanet: gradient of the decay without its rate": Planted(
-        "deltanet", "d_a = given * -rate * tl.sigmoid(a)", "d_a = given * -tl.sigmoid(a)", "test_deltanet_kernel"
+        "triton/deltanet", "d_a = given * -rate * tl.sigmoid(a)", "d_a = given * -tl.sigmoid(a)", "test_deltanet_kernel"
     ),
     "gated norm: slope of the gate's activation": Planted(
-        "gated_norm", "normed * sigmoid * (1.0 + gate * (1.0 - sigmoid))", "normed * sigmoid", "test_deltanet_kernel"
+        "triton/gated_norm", "normed * sigmoid * (1.0 + gate * (1.0 - sigmoid))", "normed * sigmoid", "test_deltanet_kernel"
     ),
     "delta rule: state's gradient does not decay": Planted(
-        "delta_rule_kernels", "d_state = tl.dot(tl.trans(q), reads, d_state * stays,",
+        "triton/delta_rule_kernels", "d_state = tl.dot(tl.trans(q), reads, d_state * stays,",
         "d_state = tl.dot(tl.trans(q), reads, d_state,", "test_delta_rule_kernel",
     ),
     "delta rule: corrections of the keys forgotten": Planted(
-        "delta_rule_kernels", "d_state = tl.dot(tl.trans(k), recalls, d_state, input_precision=PRECISION)",
+        "triton/delta_rule_kernels", "d_state = tl.dot(tl.trans(k), recalls, d_state, input_precision=PRECISION)",
         "d_state += 0.0", "test_delta_rule_kernel",
     ),
     "delta rule: decay's gradient of the last token": Planted(
-        "delta_rule_kernels", "d_total += tl.where(at == C - 1, of_last, 0.0)", "d_total += 0.0",
+        "triton/delta_rule_kernels", "d_total += tl.where(at == C - 1, of_last, 0.0)", "d_total += 0.0",
         "test_delta_rule_kernel",
     ),
     "delta rule: keys get nothing from the scores": Planted(
-        "delta_rule_kernels", "d_written = tl.dot(tl.trans(scores), q, d_written, input_precision=PRECISION)",
+        "triton/delta_rule_kernels", "d_written = tl.dot(tl.trans(scores), q, d_written, input_precision=PRECISION)",
         "d_written += 0.0", "test_delta_rule_kernel",
     ),
     "delta rule: value heads that share a key head counted once": Planted(
-        "delta_rule", "(x.unflatten(2, (key.shape[2], -1)).sum(3) for x in (d_query, d_key))",
+        "triton/delta_rule", "(x.unflatten(2, (key.shape[2], -1)).sum(3) for x in (d_query, d_key))",
         "(x.unflatten(2, (key.shape[2], -1))[:, :, :, 0] for x in (d_query, d_key))", "test_delta_rule_kernel",
     ),
     "adapters: scale of A's gradient": Planted(
-        "lora", "d_thin = torch.mm(given, b).mul_(ctx.scale)", "d_thin = torch.mm(given, b)", "test_lora_kernel"
+        "torch/lora", "d_thin = torch.mm(given, b).mul_(ctx.scale)", "d_thin = torch.mm(given, b)", "test_lora_kernel"
     ),
     "rule by products: gradient of the writes without the triangular system": Planted(
-        "delta_rule_products", " - (d_system * alike.unsqueeze(2)).sum(-2).flatten(1, 2)", "",
+        "cpu/delta_rule_products", " - (d_system * alike.unsqueeze(2)).sum(-2).flatten(1, 2)", "",
         "test_delta_rule_products",
     ),
     "rule by products: decays of a chunk's last token without the state": Planted(
-        "delta_rule_products", "d_total[..., -1] += (state[1:] * d_state[1:]).sum((2, 3))", "pass",
+        "cpu/delta_rule_products", "d_total[..., -1] += (state[1:] * d_state[1:]).sum((2, 3))", "pass",
         "test_delta_rule_products",
     ),
     "rule by products: gradient of the keys without the state's": Planted(
-        "delta_rule_products", " - (d_value * decays.since_start) @ before", "", "test_delta_rule_products"
+        "cpu/delta_rule_products", " - (d_value * decays.since_start) @ before", "", "test_delta_rule_products"
     ),
     "rule by products: state of another document is differentiated": Planted(
-        "delta_rule_products", "d_state[n + 1], decays.survives[n], out=d_state[n]",
+        "cpu/delta_rule_products", "d_state[n + 1], decays.survives[n], out=d_state[n]",
         "d_state[n + 1], decays.survives[n].clamp(min=1e-3), out=d_state[n]", "test_delta_rule_products",
     ),
     "rule by products: blocks joined without the sign": Planted(
-        "delta_rule_products", "corner.neg_()", "corner", "test_delta_rule_products"
+        "cpu/delta_rule_products", "corner.neg_()", "corner", "test_delta_rule_products"
     ),
     "prepare on a CPU: unit length without its projection": Planted(
-        "deltanet_cpu", "keepdim=True), value=-1).mul_(shorter)", "keepdim=True), value=0).mul_(shorter)",
+        "cpu/deltanet", "keepdim=True), value=-1).mul_(shorter)", "keepdim=True), value=0).mul_(shorter)",
         "test_deltanet_cpu",
     ),
     "prepare on a CPU: gradient reaches another document": Planted(
-        "deltanet_cpu", "_of_same_document(d_before[:, back:], segment_ids, back)", "d_before[:, back:]",
+        "cpu/deltanet", "_of_same_document(d_before[:, back:], segment_ids, back)", "d_before[:, back:]",
         "test_deltanet_cpu",
     ),
     "prepare on a CPU: weights of the convolution in the order of time": Planted(
-        "deltanet_cpu", "by_tap.flip(0).permute", "by_tap.permute", "test_deltanet_cpu"
+        "cpu/deltanet", "by_tap.flip(0).permute", "by_tap.permute", "test_deltanet_cpu"
     ),
 }  # fmt: skip
 

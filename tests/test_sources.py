@@ -44,7 +44,7 @@ ROWS = [{"text": "one"}, {"text": "two\nlines é 🙂"}, {"text": "three"}]
     [
         ("a.jsonl", lines(*ROWS)),
         ("a.jsonl", lines(*ROWS).replace("\n", "\r\n\r\n").rstrip()),
-        ("a.jsonl.gz", gzip.compress(lines(*ROWS).encode())),
+        ("a.jsonl.gz", gzip.compress(lines(*ROWS).encode(), mtime=0)),
         ("a.json", json.dumps(ROWS)),
         ("a.json", "\ufeff \n" + json.dumps(ROWS, indent=2, ensure_ascii=False) + "\n"),
         ("a.json", lines(*ROWS)),
@@ -213,7 +213,7 @@ def test_the_search_for_further_mistakes_ends(tmp_path, monkeypatch):
         ("a.json", '[{"text": "x"},\n', r"a\.json:2:1: not JSON \(the list of rows does not end with the file\)"),
         ("a.json", '[{"text": "x"}] 7', r"the list of rows does not end with the file"),
         ("a.json", b'["\xff"]', r"a\.json:1: not UTF-8 \(invalid start byte\)"),
-        ("a.jsonl.gz", gzip.compress(lines(*ROWS).encode())[:-12], r"a\.jsonl\.gz: damaged gzip file"),
+        ("a.jsonl.gz", gzip.compress(lines(*ROWS).encode(), mtime=0)[:-12], r"a\.jsonl\.gz: damaged gzip file"),
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: damaged gzip file"),
         ("a.parquet", b"PAR1 not", r"a\.parquet: cannot be read as parquet"),
     ],
