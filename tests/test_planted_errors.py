@@ -36,7 +36,8 @@ PLANTED = {
         "d_x = combine(d_rows, rows, None) - d_rows[:: rows.top_k]", "test_fused_experts",
     ),
     "experts: gradient of down without one row": Planted(
-        "triton/expert_products", "left.t(), right, offs=ends)", "left.t(), right * 0.999, offs=ends)", "test_fused_experts"
+        "triton/expert_products", "left.t(), right, offs=ends)", "left.t(), right * 0.999, offs=ends)",
+        "test_fused_experts"
     ),
     "experts: factor A of the adapters without its scale": Planted(
         "triton/fused_experts", "b1.transpose(1, 2), rows, gathered=False, scale=scale)",
@@ -46,7 +47,8 @@ PLANTED = {
         "triton/router", "share = probability * is_chosen", "share = probability", "test_router_kernel"
     ),
     "router: gradient that the router losses give is dropped": Planted(
-        "triton/router", "if d_logits_given is not None:\n        out +=", "if d_logits_given is not None:\n        out -=",
+        "triton/router", "if d_logits_given is not None:\n        out +=",
+        "if d_logits_given is not None:\n        out -=",
         "test_router_kernel",
     ),
     "norm: mean of the products forgotten": Planted(
@@ -54,7 +56,8 @@ PLANTED = {
         "test_norm_kernel",
     ),
     "norm: gain of the weight summed after it was applied": Planted(
-        "triton/norm", "summed += given * normed\n        given *= gain", "given *= gain\n        summed += given * normed",
+        "triton/norm", "summed += given * normed\n        given *= gain",
+        "given *= gain\n        summed += given * normed",
         "test_norm_kernel",
     ),
     "residual norm: gradient of the sum itself left out": Planted(
@@ -77,15 +80,18 @@ PLANTED = {
         "tl.where(at < half, -1.0, 1.0)[None, :] * aside", "test_attention_kernel",
     ),
     "attention: gate's gradient without the slope": Planted(
-        "triton/attention", "d_opening = given * value * sigmoid * (1 - sigmoid)", "d_opening = given * value * sigmoid",
+        "triton/attention", "d_opening = given * value * sigmoid * (1 - sigmoid)",
+        "d_opening = given * value * sigmoid",
         "test_attention_kernel",
     ),
     "deltanet: a later document's gradient crosses into the one before": Planted(
-        "triton/deltanet", "debt = tl.where(reached[back], gradient * weights[back], 0.0)", "debt = gradient * weights[back]",
+        "triton/deltanet", "debt = tl.where(reached[back], gradient * weights[back], 0.0)",
+        "debt = gradient * weights[back]",
         "test_deltanet_kernel",
     ),
     "deltanet: convolution weight's gradient counts tokens twice": Planted(
-        "triton/deltanet", "tl.where(own, gradient * values[back], 0.0)", "gradient * values[back]", "test_deltanet_kernel"
+        "triton/deltanet", "tl.where(own, gradient * values[back], 0.0)", "gradient * values[back]",
+        "test_deltanet_kernel"
     ),
     "deltanet: unit length not differentiated": Planted(
         "triton/deltanet", "gradient = scale * (gradient - act * (scale * scale * tl.sum(gradient * act, 1)[:, None]))",
@@ -95,7 +101,8 @@ PLANTED = {
         "triton/deltanet", "d_a = given * -rate * tl.sigmoid(a)", "d_a = given * -tl.sigmoid(a)", "test_deltanet_kernel"
     ),
     "gated norm: slope of the gate's activation": Planted(
-        "triton/gated_norm", "normed * sigmoid * (1.0 + gate * (1.0 - sigmoid))", "normed * sigmoid", "test_deltanet_kernel"
+        "triton/gated_norm", "normed * sigmoid * (1.0 + gate * (1.0 - sigmoid))", "normed * sigmoid",
+        "test_deltanet_kernel"
     ),
     "delta rule: state's gradient does not decay": Planted(
         "triton/delta_rule_kernels", "d_state = tl.dot(tl.trans(q), reads, d_state * stays,",
