@@ -1,9 +1,9 @@
-"""Making tokenised data, so that a build that is killed goes on where it was.
+"""Tokenising a data set so that an interrupted build is resumed.
 
-`FOLDER.tmp` grows: tokens, mask and lengths of documents are appended, and every `SECONDS_BETWEEN_SAVES` a journal
-records how many rows they stem from, how long the files are and what their hashes are. A later build reads the journal,
-compares the files up to there, cuts off what came after, and goes on with the next row. The folder gets its name when
-everything is in it.
+Tokens, masks and document lengths are appended to files in `FOLDER.tmp`. Every `SECONDS_BETWEEN_SAVES` a journal
+records the number of rows read and the sizes and hashes of the files. A later build compares the files with the
+journal, truncates them to the recorded sizes and continues with the next row. The folder is renamed to its final name
+when it is complete.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from data.packing import best_fit, split_long, supervised_tokens
 from data.sources import BadRows, DataError, RowError, Source
 from data.tokenizer import Tokenizer
 
-# Part of every folder's name: raise it when a change makes other tokens, masks or packs from the same data.
+# Part of every folder's name: increase it when a change produces other tokens, masks or packs from the same data.
 CODE_VERSION = 1
 ROWS_AT_ONCE = 256
 CHARACTERS_AT_ONCE = 4 << 20
@@ -50,7 +50,7 @@ GROWING = (TOKENS, TRAINED, LENGTHS)
 
 @dataclass(frozen=True)
 class Settings:
-    """What of the recipe decides the tokens and the packs."""
+    """The settings of the recipe that determine tokens and packs."""
 
     sequence_tokens: int
     packing: Literal["packed", "padded"]
@@ -60,7 +60,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """What to make, and who is told how it goes."""
+    """A data set to build, with callbacks for messages and progress."""
 
     folder: Path
     sources: Sequence[Source]
@@ -71,10 +71,10 @@ class Job:
 
 
 def build(job: Job) -> None:
-    """Make the folder of this data, or go on making it. One process at a time does.
+    """Build the tokenised folder, resuming an interrupted build. Call it in one process at a time.
 
     Raises:
-        DataError: a source cannot be read, holds bad rows that stop the run, or leaves nothing to train on.
+        DataError: a source cannot be read, holds bad rows that stop the run, or no row is left to train on.
     """
     building = job.folder.with_name(f"{job.folder.name}.tmp")
     if building.is_symlink() or (building.exists() and not building.is_dir()):
@@ -82,7 +82,7 @@ def build(job: Job) -> None:
     building.mkdir(exist_ok=True)
     try:
         manifest = _finish(building, job, _write_documents(building, job))
-    except DataError:  # other data will be another folder
+    except DataError:  # corrected data gets another folder
         shutil.rmtree(building, ignore_errors=True)
         raise
     write_json(building / MANIFEST, manifest)
@@ -93,19 +93,19 @@ def build(job: Job) -> None:
 
 
 class _Growing:
-    """A file that is appended to, and the hash of what it holds."""
+    """An append-only file with a running hash."""
 
     def __init__(self, path: Path):
-        """What is there already stays: at first nothing."""
+        """Open the file for appending; its existing content counts only after `keep`."""
         self._digest, self._path = hashlib.sha256(), path
         self._file = path.open("ab")
         self.size = 0
 
     def keep(self, size: int, sha256: str, progress: Callable[[], None]) -> None:
-        """Keep so much of what an earlier build wrote, and cut off the rest.
+        """Verify the first `size` bytes, written by an earlier build, and truncate the rest.
 
         Raises:
-            FaultError: the file does not hold it any more.
+            FaultError: the file is shorter, or its hash differs.
         """
         if bytes_of(self._path) < size:
             raise FaultError(f"{self._path}: is shorter than its journal says")
@@ -135,16 +135,16 @@ class _Growing:
 
 
 class _Made:
-    """What a build has made so far: the growing files, and what was counted."""
+    """The output of a build so far: the growing files and the counts."""
 
     def __init__(self, building: Path, job: Job):
-        """Everything that an earlier build saved, or nothing."""
+        """Restore what an earlier build saved; start empty if there is nothing, or if it is damaged."""
         self._journal, self._key = building / JOURNAL, job.folder.name
         self.bad_rows = BadRows(job.settings.on_bad_row)
         self.counts = {"rows": 0, "supervised_tokens": 0, "split_rows": 0}
         self.files: dict[str, _Growing] = {}
         self._saved = time.monotonic()
-        self.rows_read = 0  # of the sources, usable or not
+        self.rows_read = 0  # from the sources, usable or not
         try:
             self._restore(building, job)
         except FaultError as fault:
@@ -172,7 +172,7 @@ class _Made:
         job.report(f"continuing to tokenise after {self.rows_read:,} rows that an earlier start has read")
 
     def add(self, documents: Sequence[Document], token_type: type[np.unsignedinteger]) -> None:
-        """The documents that one row became."""
+        """Append the documents of one row."""
         self.counts["rows"] += 1
         self.counts["split_rows"] += len(documents) > 1
         for document in documents:
@@ -182,7 +182,7 @@ class _Made:
             self.counts["supervised_tokens"] += supervised_tokens(document)
 
     def save(self, rows_read: int, *, now: bool = False) -> None:
-        """Make sure that a later build need not read the first `rows_read` rows again, if that is due."""
+        """If a save is due or `now`, flush the files and record the first `rows_read` rows as done in the journal."""
         if self.bad_rows.stopping or not (now or time.monotonic() - self._saved >= SECONDS_BETWEEN_SAVES):
             return
         for file in self.files.values():
@@ -193,12 +193,12 @@ class _Made:
         self._saved = time.monotonic()
 
     def described(self) -> dict[str, dict[str, Any]]:
-        """Size and hash of each file."""
+        """Size and sha256 of each file."""
         return {name: {"bytes": file.size, "sha256": file.sha256()} for name, file in self.files.items()}
 
 
 def _write_documents(building: Path, job: Job) -> _Made:
-    """Tokenise the rows that no earlier build has; everything is on the disk then."""
+    """Tokenise the rows that no earlier build has read, and flush everything to the disk."""
     made, token_type = _Made(building, job), _token_type(job.tokenizer)
     try:
         for group in _documents(job, made):
@@ -219,7 +219,7 @@ def _write_documents(building: Path, job: Job) -> _Made:
 
 
 def _finish(building: Path, job: Job, made: _Made) -> dict[str, Any]:
-    """Write where documents begin and which documents each pack holds; the manifest."""
+    """Write the document offsets and the documents of each pack; returns the manifest."""
     settings, described = job.settings, made.described()
     lengths: NDArray[np.int64] = np.fromfile(building / LENGTHS, np.int64)
     if settings.packing == "packed":
@@ -260,7 +260,7 @@ def _token_type(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
 
 
 def _documents(job: Job, made: _Made) -> Iterator[list[list[Document]]]:
-    """The documents that each usable row becomes, rendered and tokenised in groups of rows."""
+    """The documents of each usable row, rendered and tokenised in groups of rows."""
     bad_rows, settings = made.bad_rows, job.settings
     template: ChatTemplate | None = None
     for group in _groups(read_contents(job.sources, bad_rows, skip=made.rows_read, progress=job.progress)):
@@ -289,9 +289,9 @@ def _documents(job: Job, made: _Made) -> Iterator[list[list[Document]]]:
 
 
 def _groups(rows: Iterable[tuple[str, Content]]) -> Iterator[list[tuple[str, Content]]]:
-    """Rows that are rendered and tokenised together; after a long one the group ends.
+    """Groups of rows to render and tokenise together, limited in rows and characters.
 
-    No row is read that is not in the group: what was read so far is saved with what became of it.
+    No row beyond the group is read: the journal counts rows read, so their documents must have been written.
     """
     group: list[tuple[str, Content]] = []
     characters = 0
@@ -306,10 +306,10 @@ def _groups(rows: Iterable[tuple[str, Content]]) -> Iterator[list[tuple[str, Con
 
 
 def _fit(content: Content, document: Document, settings: Settings) -> list[Document]:
-    """The documents of at most `sequence_tokens` that a row becomes.
+    """The documents of at most `sequence_tokens` tokens that a row becomes.
 
     Raises:
-        RowError: it is too long and may not be cut, or nothing in it is trained.
+        RowError: a row that is too long and may not be split, or without a supervised token.
     """
     if not supervised_tokens(document):
         raise RowError("no trainable token", "no token to learn from")

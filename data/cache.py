@@ -1,8 +1,8 @@
-"""The folder of one tokenised data set: what it holds, and whether it still holds what was written.
+"""The folder of one tokenised data set: its files, and checks that they are unchanged.
 
-A folder is named after everything that decides its content. Its manifest records the size and the hash of every file,
-and its own. All of it is compared once a start, so what was changed, cut short or put there by something else is never
-trained on: the folder is made again.
+The folder's name is a hash of everything that determines its content. Its manifest records the size and the sha256 of
+every file. All are compared once at each start; a folder that was changed or truncated is never trained on, but
+rebuilt.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ MANIFEST = "manifest.json"
 TOKENS, TRAINED = "tokens.bin", "trained.bin"
 OFFSETS, PACK_DOCUMENTS, PACK_OFFSETS = "offsets.npy", "pack_documents.npy", "pack_offsets.npy"
 FILES = (OFFSETS, PACK_DOCUMENTS, PACK_OFFSETS, TOKENS, TRAINED)
-JOURNAL, LENGTHS = "journal.json", "lengths.bin"  # while it is made
+JOURNAL, LENGTHS = "journal.json", "lengths.bin"  # only during a build
 OURS = {MANIFEST, JOURNAL, LENGTHS, *FILES, *(f"{name}.new" for name in (MANIFEST, JOURNAL))}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What was recorded about the data in a folder; its files are not looked at.
+    """The manifest of a folder; the other files are not read.
 
     Raises:
-        FaultError: it is not the manifest of the data that the folder is named after.
+        FaultError: no manifest, or not that of the data that the folder is named after.
     """
     manifest = read_json(folder / MANIFEST)
     if manifest.get("key") != folder.name or set(manifest.get("files", {})) != set(FILES):
@@ -56,15 +56,15 @@ def check_files(folder: Path, manifest: Mapping[str, Any], progress: Callable[[]
 
 
 def identity(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """One hash for the content of all files, by which a checkpoint knows the data."""
+    """A sha256 of the content of all files, stored in checkpoints to identify the data."""
     return hashlib.sha256(b"".join(bytes.fromhex(files[name]["sha256"]) for name in FILES)).hexdigest()
 
 
 def put_aside(path: Path) -> Path | None:
-    """Free a name that something damaged or foreign has.
+    """Rename a damaged or foreign file or folder to `NAME.aside-N`, and delete it if it holds only files of ours.
 
     Returns:
-        Its new name, unless all in it was ours and is deleted.
+        Its new name, or None if it was deleted.
     """
     number = 1
     while (aside := path.with_name(f"{path.name}.aside-{number}")).exists() or aside.is_symlink():

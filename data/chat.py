@@ -1,7 +1,7 @@
-"""Rows as token ids and a mask of what is trained; conversations through the checkpoint's own chat template.
+"""Rows as token ids and a mask of supervised tokens; conversations are rendered by the checkpoint's chat template.
 
-The text between control tokens and between trained and given parts is tokenised piece by piece, as at inference: there,
-the prompt's tokens are fixed before the first token of the answer exists.
+Text is tokenised in separate pieces, split at control tokens and between prompt and supervised parts. This matches
+inference, where the prompt is tokenised before the first token of the answer exists.
 """
 
 import re
@@ -17,21 +17,21 @@ from data.template import Piece, TemplateText
 from data.template_process import TemplateProcess
 from data.tokenizer import Tokenizer
 
-PORTION = 1 << 19  # characters that are tokenised at once, to the next line end
+PORTION = 1 << 19  # characters tokenised at once, extended to the next line end
 LONGEST_LINE = 2 << 20
 _LINE_START = re.compile(r"\n(?=[^\s\x00-\x20\x7f-\xa0\u180e\u200b-\u200f\u2060-\u206f\ufeff])")
-_WRITTEN_TOKEN = re.compile(r"<\|[A-Za-z0-9_.:-]{1,60}\|>")  # how the templates of all families write control tokens
+_WRITTEN_TOKEN = re.compile(r"<\|[A-Za-z0-9_.:-]{1,60}\|>")  # a control token, as templates of all families write it
 
 
 class Document(NamedTuple):
-    """Token ids, and for each of them whether predicting it is trained."""
+    """Token ids, and for each whether it is supervised (predicting it is trained)."""
 
     ids: NDArray[np.int64]
     trained: NDArray[np.bool_]
 
 
 class ChatTemplate:
-    """A checkpoint's chat template, rendered in a process of its own."""
+    """A checkpoint's chat template, rendered in a separate process."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         source = tokenizer.chat_template
@@ -55,17 +55,18 @@ class ChatTemplate:
         self._process = TemplateProcess(TemplateText(source, tokenizer.template_variables, controls, tokenizer.place))
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, *, prompt: bool) -> str:
-        """The text of `messages`, with the start of an assistant turn after it if `prompt`.
+        """The text of `messages`, followed by the start of an assistant turn if `prompt`.
 
         Raises:
-            RowError: the template refuses these messages.
+            RowError: the template rejects these messages.
         """
         return self._process.render(messages, tools, prompt=prompt)
 
     def pieces(self, conversations: Sequence[Conversation]) -> list[list[Piece] | RowError]:
-        """Each rendered conversation, cut at control tokens and at the borders of trained turns.
+        """Each rendered conversation, split at control tokens and at the boundaries of supervised turns.
 
-        In place of one that the template refuses, or whose earlier turns it rewrites, is the error that says so.
+        A conversation that the template rejects, or whose earlier turns the template changes, is replaced by its
+        RowError.
         """
         return self._process.pieces(conversations)
 
@@ -73,9 +74,9 @@ class ChatTemplate:
 def pieces_of(
     contents: Sequence[Content], tokenizer: Tokenizer, template: ChatTemplate | None
 ) -> list[list[Piece] | RowError]:
-    """The pieces of rows. A text ends in the end-of-document token, a completion in the checkpoint's stop token.
+    """The pieces of each row; a text ends with the end-of-document token, a completion with the stop token.
 
-    In place of a row that cannot be rendered, or holds characters that no text encoding has, is the error that says so.
+    A row that cannot be rendered, or holds characters that cannot be encoded, is replaced by its RowError.
     """
     conversations = [content for content in contents if isinstance(content, Conversation)]
     assert template is not None or not conversations, "conversations need a chat template"
@@ -107,7 +108,7 @@ def _checked(row: list[Piece], tokenizer: Tokenizer) -> list[Piece] | RowError:
 
 
 def encode(rows: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[Document]:
-    """The documents of many rows; texts that recur in them (`user`, newlines) are tokenised once."""
+    """The documents of many rows; texts that occur repeatedly (`user`, newlines) are tokenised once."""
     texts = {piece.text: None for row in rows for piece in row if not piece.is_control}
     short = [text for text in texts if len(text) <= PORTION]
     ids_of = {
@@ -137,10 +138,10 @@ def _ids(piece: Piece, ids_of: Mapping[str, NDArray[np.int64]], tokenizer: Token
 
 
 def portions(text: str, tokenizer: Tokenizer) -> list[str]:
-    """A long text cut where its tokens are the same as without a cut; its tokenizer takes 100 bytes a character.
+    """Split a long text where splitting does not change its tokens; the tokenizer needs 100 bytes a character.
 
-    No piece that this family's tokenizers merge holds a line end with a character of the next line, so `text` is cut
-    there; where two hundred characters around a cut say otherwise, the next line end is tried.
+    In the tokenizers of this family no token spans a line end and the first character of the next line, so `text` is
+    split there. Each cut is verified on 200 characters around it; if their tokens differ, the next line end is tried.
 
     Raises:
         RowError: a line is longer than `LONGEST_LINE`.

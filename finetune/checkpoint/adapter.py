@@ -1,6 +1,6 @@
-"""What a run trained, as an adapter that stock peft loads on transformers' model.
+"""Export of a run's LoRA factors as an adapter that stock peft loads on transformers' model.
 
-Everything is read back from the disk before the folder gets its name.
+Every file is read back from the disk and compared before the folder is renamed to its final name.
 """
 
 import json
@@ -23,20 +23,20 @@ from finetune.model.config import ModelConfig
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
-# On a transformers model of this family peft turns adapter targets with these names into targets on the routed experts
-# and the router (it takes them for the modules of transformers 4), and leaves the modules that were meant untouched.
+# For transformers models of this family, peft converts adapter targets with these names to targets on the routed
+# experts and the router (it assumes the module names of transformers 4). The intended modules are left unadapted.
 # Source: `_convert_peft_config_moe`, peft 0.21.
 REDIRECTED_BY_PEFT = ("gate", "gate_proj", "up_proj", "down_proj")
 
 
 class Adapter(NamedTuple):
-    """What an adapter was written from."""
+    """The contents of an exported adapter."""
 
-    modules: list[str]  # those that are adapted
-    factors: int  # tensors
+    modules: list[str]  # names of the adapted modules
+    factors: int  # number of tensors
 
     def sentence(self) -> str:
-        """What was written and compared."""
+        """One sentence about what was written and compared."""
         return (
             f"adapter on {len(self.modules)} modules; read back from the disk: its {self.factors} tensors equal those"
             " of the checkpoint bit for bit, and peft reads rank, alpha and modules as trained"
@@ -54,16 +54,16 @@ def export_adapter(
 ) -> Adapter:
     """Write the LoRA factors as a folder that peft loads on transformers' model.
 
-    Factors of the routed experts are written as peft's own on the stacked parameters of transformers' model; engines
-    that store experts one by one may not read them, and want the merged form.
+    Factors of the routed experts are stored in peft's format for stacked parameters. Inference engines that store
+    experts one by one may not load them; they need the merged export.
 
     Args:
-        base_name: the model that the adapter belongs to, as its users call it: a hub repository or a folder.
-        about: what the card and the mark in the folder say; without it there are none.
+        base_name: hub repository or folder of the base model, written into `adapter_config.json`.
+        about: contents of the model card and the export mark; None: neither is written.
 
     Raises:
-        CheckpointError: the run trained something that an adapter cannot hold, or that peft would put in another place;
-            a factor does not fit `base`; `to` is not free; or what was written does not read back.
+        CheckpointError: the run trained something that an adapter cannot hold or that peft would load into another
+            module; a factor does not fit `base`; `to` is not free; or the files do not read back as written.
     """
     base = Path(base)
     if adapter is None or replaced:
@@ -99,7 +99,7 @@ def export_adapter(
 
 
 def _check(folder: Path, tensors: Mapping[str, Tensor], adapter: LoraFactors, experts: Collection[str]) -> None:
-    """Compare what the disk holds with what was to be written, and what peft reads from the settings with the run's."""
+    """Compare the tensors on the disk with `tensors`, and the settings as peft loads them with those of the run."""
     read = Checkpoint(folder, read_header(folder / WEIGHTS))
     wrong = sorted(read.tensors.keys() ^ tensors.keys()) or [
         name for name, tensor in tensors.items() if not _same(read.read(name), tensor)
@@ -118,10 +118,10 @@ def _same(found: Tensor, written: Tensor) -> bool:
 
 
 def _expert_tensors(trained: Trained) -> dict[str, Tensor]:
-    """Factors of the routed experts as peft stores those of stacked parameters.
+    """Factors of the routed experts in peft's format for stacked parameters.
 
-    A of all experts one below the other; B with the experts innermost. Each parameter has a wrapper of its own: the
-    outer one is of `down_proj`, its `base_layer` the one of `gate_up_proj`.
+    `lora_A` concatenates A of all experts along the rows; in `lora_B` the expert is the innermost dimension. Each
+    parameter has its own wrapper: the outer one adapts `down_proj`, its `base_layer` adapts `gate_up_proj`.
 
     Source: `ParamWrapper`, peft 0.21.
     """
@@ -141,7 +141,7 @@ def _write_adapter_config(folder: Path, adapter: LoraFactors, parameters: Collec
         lora_alpha=int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
-        # Whole names: a suffix such as `out_proj` would also adapt modules that this run did not train.
+        # Full names: a suffix such as `out_proj` would also adapt modules that this run did not train.
         target_modules=list(adapter.modules),
         target_parameters=sorted(parameters) or None,
         task_type="CAUSAL_LM",
@@ -151,5 +151,5 @@ def _write_adapter_config(folder: Path, adapter: LoraFactors, parameters: Collec
     config.save_pretrained(str(folder))
     path = folder / CONFIG
     values = json.loads(path.read_text(encoding="utf-8"))
-    values["target_modules"] = sorted(values["target_modules"])  # peft writes a set, in any order
+    values["target_modules"] = sorted(values["target_modules"])  # peft stores a set, in arbitrary order
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

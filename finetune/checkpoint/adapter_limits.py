@@ -1,4 +1,4 @@
-"""What an exported adapter cannot hold, and who cannot load it; said by `plan`, at the start of a run and at export."""
+"""Limits of an exported adapter; reported by `plan`, at the start of a run and at export."""
 
 from collections.abc import Collection
 
@@ -7,7 +7,7 @@ def adapter_limits(targets: Collection[str], *, trains_routers: bool) -> list[st
     """One sentence for each limit of the adapter that a LoRA run with these targets trains; usually none.
 
     Args:
-        targets: the words of `lora.targets`.
+        targets: values of `lora.targets`.
         trains_routers: `router.train` of the recipe.
     """
     sentences = []

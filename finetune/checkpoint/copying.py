@@ -1,4 +1,4 @@
-"""Files copied with a hash of what was read, and read back from the disk to be compared with it."""
+"""Copying of files with a hash of the source, and comparison of the copy on the disk with that hash."""
 
 import hashlib
 import os
@@ -15,11 +15,11 @@ from finetune.checkpoint.header import Stored
 from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.shards import listed, read_header
 
-_CHUNK_BYTES = 16 << 20  # a multiple of the size of every number format
+_CHUNK_BYTES = 16 << 20  # a multiple of every dtype's size
 
 
 def copy_file(source: Path, target: Path) -> str:
-    """Copy a file; gives the sha256 of what was read."""
+    """Copy a file and return the sha256 of the bytes read from `source`."""
     digest = hashlib.sha256()
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as read, target.open("wb") as written:
@@ -32,14 +32,14 @@ def copy_file(source: Path, target: Path) -> str:
 def rewrite_file(
     source: Path, target: Path, value: Callable[[str, Stored], Tensor | None], not_finite: Callable[[str], None]
 ) -> str:
-    """Copy a safetensors file with the values of some tensors replaced; gives the sha256 of what was to be written.
+    """Copy a safetensors file with the values of some tensors replaced, and return the sha256 of the intended contents.
 
     Args:
-        value: what takes the place of a tensor, in the dtype that it is stored in; None copies it.
-        not_finite: is called with the name of each copied tensor that holds infinite or undefined numbers.
+        value: returns the new values of a tensor in its stored dtype, or None to copy it.
+        not_finite: called with the name of each copied tensor that holds NaN or infinity.
 
     Raises:
-        CheckpointError: the source is no longer as long as its header says.
+        CheckpointError: the source is shorter than its header says.
     """
     digest = hashlib.sha256()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,10 +70,13 @@ def rewrite_file(
 
 
 def check_written(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Read files back from the disk and compare each with its hash, by path in the folder.
+    """Read files back from the disk and compare them with their hashes.
+
+    Args:
+        hashes: expected sha256 by path relative to `folder`.
 
     Raises:
-        CheckpointError: names those that differ.
+        CheckpointError: names the files that differ.
     """
     wrong = [name for name, expected in hashes.items() if hash_on_disk(folder / name) != expected]
     if wrong:
@@ -81,7 +84,7 @@ def check_written(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 def hash_on_disk(path: Path) -> str:
-    """The sha256 of a file as the disk holds it: written out first, and not from the kernel's memory."""
+    """The sha256 of a file as stored on the disk: it is flushed, then read without the page cache."""
     sync(path)
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -100,6 +103,6 @@ def _range(file: BinaryIO, path: Path, start: int, end: int) -> Iterator[bytes]:
 
 def _is_finite(chunk: bytes, stored: Stored) -> bool:
     dtype = stored.torch_dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2:  # integers; float8 is for whoever loads the base to judge
+    if not dtype.is_floating_point or dtype.itemsize < 2:  # float8 is left to the loader of the base
         return True
     return all_finite(torch.frombuffer(bytearray(chunk), dtype=dtype))

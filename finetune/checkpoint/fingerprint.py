@@ -1,4 +1,4 @@
-"""What tells one folder of base weights from another without reading all of it."""
+"""Fingerprint of a folder of base weights, computed from samples without reading all of it."""
 
 import hashlib
 import os
@@ -10,18 +10,18 @@ from finetune.checkpoint.layout import CheckpointError
 from finetune.checkpoint.shards import INDEX, read_header
 from monitoring.json_file import FileError, read_bytes, read_json, reason
 
-_FORM = "2-"  # of a fingerprint that looks into every tensor; without it, one of eight samples a file
+_FORM = "2-"  # prefix of fingerprints that sample every tensor; without it, the older form with eight samples a file
 _TENSOR_BYTES = 4 * 1024
 _SAMPLE_BYTES = 64 * 1024
-_FILES_AT_ONCE = 8  # a network disk answers many small reads at once as fast as one
+_FILES_AT_ONCE = 8  # a network disk serves many small reads concurrently
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A sha256 that is the same on every machine, over `config.json` and all files of weights.
+    """A sha256 over `config.json` and samples of all weight files; the same on every machine.
 
-    Of each file: its name, its size, what its header says, and 4 KiB from the middle of every tensor, since training
-    changes all of a tensor. A file that is not safetensors gives 64 KiB at eight places; who loads it says what is
-    wrong with it.
+    Each file contributes its name, its size, its header and 4 KiB from the middle of every tensor (training changes the
+    whole of a tensor). A file that is not valid safetensors contributes 64 KiB at eight offsets; the loader reports
+    what is wrong with it.
     """
     folder = Path(folder)
     digest = hashlib.sha256(_config(folder))
@@ -32,10 +32,10 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def is_of(known: str, folder: str | Path, now: str | None = None) -> bool:
-    """Whether a fingerprint that a run has stored, in this form or the earlier one, is that of a folder.
+    """Whether the stored fingerprint `known`, in this form or the older one, matches `folder`.
 
     Args:
-        now: the folder's fingerprint, where it has been taken already.
+        now: the folder's fingerprint, if already computed.
     """
     folder = Path(folder)
     return known == ((now or fingerprint(folder)) if known.startswith(_FORM) else _of_samples(folder))
@@ -49,10 +49,10 @@ def _config(folder: Path) -> bytes:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files of weights: those at the top of the folder, and those in folders below it that the index names."""
+    """Weight files: those at the top of the folder, and those in subfolders that the index names."""
     try:
         named = {folder / file for file in parse_index(read_json(folder / INDEX)).values() if "/" in file}
-    except (FileError, HeaderError):  # none, or one that whoever loads the folder says what is wrong with
+    except (FileError, HeaderError):  # no index, or an invalid one, which the loader reports
         named = set()
     return sorted(path for path in {*folder.glob("*.safetensors"), *named} if os.path.isfile(path))
 
@@ -66,7 +66,7 @@ def _of_file(folder: Path, path: Path) -> bytes:
         return digest.digest()
     with path.open("rb") as file:
         descriptor = file.fileno()
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # else the kernel reads far around each place
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # disables readahead around each sample
         for name, stored in tensors.items():
             digest.update(f"{name} {stored.dtype} {stored.shape} {stored.start}".encode())
             middle = (stored.start + stored.end - _TENSOR_BYTES) // 2
@@ -77,7 +77,7 @@ def _of_file(folder: Path, path: Path) -> bytes:
 
 
 def _of_samples(folder: Path) -> str:
-    """The earlier form, which runs begun with it have stored."""
+    """The older form of the fingerprint, which existing runs have stored."""
     digest = hashlib.sha256(_config(folder))
     for path in _files(folder):
         digest.update(f"{path.name} {path.stat().st_size}".encode())

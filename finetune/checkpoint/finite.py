@@ -1,4 +1,4 @@
-"""Whether tensors hold infinite or undefined numbers, at the speed of memory."""
+"""Checks of tensors for NaN and infinity, at memory bandwidth."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,20 +12,20 @@ from finetune.checkpoint.shards import listed
 def all_finite(tensor: Tensor) -> bool:
     """Whether every number of a floating-point tensor is finite.
 
-    A sum shows each infinite or undefined number, and adds up 30 times as many bytes a second on a CPU as `isfinite`
-    tests. A sum that is not finite may also have overflowed, so the tensor is then tested number by number.
+    NaN and infinity propagate into the sum, and summing is 30 times faster than `isfinite` on a CPU. The sum itself may
+    overflow, so a sum that is not finite is followed by an elementwise test.
     """
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def check_finite(folder: Path, values: Mapping[str, tuple[str, Tensor]]) -> None:
-    """Make sure that what was read can be trained.
+    """Check that all loaded values are finite.
 
     Args:
-        values: the file of each stored tensor, and what was read of it.
+        values: by name of the stored tensor: its file and the values read from it.
 
     Raises:
-        CheckpointError: names the tensors that hold infinite or undefined numbers.
+        CheckpointError: names the tensors that hold NaN or infinity.
     """
     broken = [
         f"{name} (in {file}: {described(value)})" for name, (file, value) in values.items() if not all_finite(value)
@@ -39,6 +39,6 @@ def check_finite(folder: Path, values: Mapping[str, tuple[str, Tensor]]) -> None
 
 
 def described(tensor: Tensor) -> str:
-    """How many numbers of a tensor are not finite, and where the first one stands."""
+    """The number of elements that are not finite, and the index of the first one, as text."""
     places = (~tensor.isfinite()).nonzero()
     return f"{len(places):,} of {tensor.numel():,} numbers, the first at {places[0].tolist()}"

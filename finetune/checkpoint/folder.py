@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written beside their final name, flushed to the disk, then renamed."""
+"""Folders that appear whole or not at all: written under a temporary name, flushed to the disk, then renamed."""
 
 import json
 import os
@@ -16,26 +16,27 @@ from torch import Tensor
 from finetune.checkpoint.layout import CheckpointError
 from monitoring.files import replace_file
 
-TEMPORARY = ".nextune-tmp"  # suffix of the folder beside, which holds nothing but these three names:
-_MARKER = "being-written.lock"  # made first and deleted last; held by the process that writes
-_CONTENT = "content"  # what becomes the folder
-_REPLACED = "replaced"  # what the folder was before, until it is deleted
+TEMPORARY = ".nextune-tmp"  # suffix of the temporary folder beside the target; it holds only these three names:
+_MARKER = "being-written.lock"  # lock file of the writing process; created first, deleted last
+_CONTENT = "content"  # the new folder
+_REPLACED = "replaced"  # the previous folder, until it is deleted
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
 @contextmanager
 def whole_folder(to: str | Path, *, check_replaceable: Callable[[Path], None] | None = None) -> Iterator[Path]:
-    """A new folder to write into, which becomes `to` when the block ends and is deleted when it fails.
+    """Context manager of a new folder, which is renamed to `to` when the block ends and deleted when it fails.
 
-    It lies in `TO.nextune-tmp`. One that a killed process left there is deleted; one that holds anything else is not.
+    It is written in `TO.nextune-tmp`. What a killed process left there is deleted; a folder of that name with other
+    contents is an error.
 
     Args:
-        check_replaceable: raises CheckpointError where a `to` that already holds something must stay as it is. Called
-            before anything is written, and again before `to` is replaced. By default every such `to` must stay.
+        check_replaceable: raises CheckpointError if an existing, non-empty `to` must not be replaced. Called before
+            anything is written, and again before `to` is replaced. By default no such `to` is replaced.
 
     Raises:
-        CheckpointError: `to` must stay as it is, another process writes it now, or the disk refused.
+        CheckpointError: `to` must not be replaced, another process is writing it, or the disk refused.
     """
     to = Path(os.path.realpath(to))
     check_replaceable = check_replaceable or _refuse
@@ -75,7 +76,7 @@ def _check_target(to: Path, check_replaceable: Callable[[Path], None]) -> None:
 
 
 def _begin(partial: Path, to: Path) -> FileLock:
-    """Make the folder beside and lock it; what a killed process left in it is deleted first."""
+    """Create and lock the temporary folder; what a killed process left in it is deleted first."""
     ours = {_MARKER, _CONTENT, _REPLACED}
     there = {path.name for path in partial.iterdir()} if partial.is_dir() else set()
     if os.path.lexists(partial) and (not partial.is_dir() or there - ours or (there and _MARKER not in there)):
@@ -105,9 +106,9 @@ def _put(content: Path, to: Path, replaced: Path) -> None:
 
 
 def _delete(partial: Path) -> None:
-    """The marker last, so that a process that is killed meanwhile leaves a folder that is known as ours.
+    """Delete the temporary folder, the marker last, so that after an interruption it is still recognised as ours.
 
-    What cannot be deleted stays, and the next write tries again.
+    What cannot be deleted stays; the next write tries again.
     """
     for name in (_CONTENT, _REPLACED):
         shutil.rmtree(partial / name, ignore_errors=True)
@@ -118,7 +119,7 @@ def _delete(partial: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, open to whom the umask says, as every other file; the library makes it private."""
+    """Write a safetensors file with the permissions of the umask; `save_file` alone would make it private."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata=metadata)
@@ -126,7 +127,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the list of names of a folder, is on the disk."""
+    """Flush a file, or the entries of a folder, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -135,14 +136,15 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Put `value` at `path`, whole, and wait until it is on the disk."""
+    """Write `value` to `path` atomically and flush it to the disk."""
     replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def is_companion(path: Path) -> bool:
-    """Whether a file at the top of a checkpoint folder belongs to it and is not weights; hidden files do not.
+    """Whether `path`, a file at the top of a checkpoint folder, belongs to the checkpoint and is not weights.
 
-    Nor do the settings of an adapter: transformers would load its factors too, which no training here has seen.
+    Hidden files do not belong to it. Nor does `adapter_config.json`: transformers would load that adapter too, which
+    was not part of the model trained here.
     """
     is_weights = path.name.endswith(WEIGHT_SUFFIXES) or path.name == "adapter_config.json"
     return path.is_file() and not path.name.startswith(".") and not is_weights
@@ -151,8 +153,8 @@ def is_companion(path: Path) -> bool:
 def copy_companions(base: Path, to: Path) -> None:
     """Copy everything of a checkpoint folder that is not weights, byte for byte.
 
-    That is configuration, tokenizer, chat templates, generation settings, licence, model card: the files at the top of
-    the folder, hidden ones left out, and the folder in which transformers keeps further chat templates.
+    These are configuration, tokenizer, chat templates, generation settings, licence and model card: the files at the
+    top of the folder, hidden ones excepted, and the folder in which transformers stores additional chat templates.
     """
     for path in companions(base):
         (to / path).parent.mkdir(exist_ok=True)

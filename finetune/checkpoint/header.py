@@ -1,7 +1,7 @@
-"""What a safetensors header and an index of weights say, checked before anything of it is believed.
+"""Parsing of safetensors headers and weight indexes, which are untrusted input and validated completely.
 
-The tensors of a file follow one another without a gap, and an index names files inside its folder. A link may leave the
-folder, as those of a hub cache do; a path in the index may not.
+The tensors of a file must be contiguous, and an index may only name files inside its folder. A symbolic link may leave
+the folder, as in a hub cache; a path in the index may not.
 
 Source: the safetensors format (8 bytes of length, a JSON header, the data); the index file of transformers.
 """
@@ -31,25 +31,25 @@ DTYPES = {
 }
 
 _MOST_DIMENSIONS = 16
-_LONGEST_NAME = 500  # characters; of a tensor
+_LONGEST_NAME = 500  # characters of a tensor's name
 
 
 class HeaderError(ValueError):
-    """A header or an index that does not say which tensors there are, and where; the message is part of a sentence."""
+    """An invalid header or index; the message is part of a sentence."""
 
 
 class Stored(NamedTuple):
-    """One stored tensor: the file that holds it, and where in that file."""
+    """One stored tensor: its file and its byte range in that file."""
 
-    file: str  # relative to the folder, as the index has it
-    dtype: str  # in the format's spelling: BF16, F32
+    file: str  # relative to the folder, as in the index
+    dtype: str  # in the format's notation: BF16, F32
     shape: Shape
     start: int  # first byte in the file
     end: int
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch calls it.
+        """The corresponding torch dtype.
 
         Raises:
             CheckpointError: torch has no such dtype.
@@ -60,14 +60,14 @@ class Stored(NamedTuple):
 
 
 def parse_header(header: Any, file: str, data: int) -> tuple[dict[str, Stored], int]:
-    """The tensors of a file in the order of their bytes, and the byte after the last one.
+    """The tensors of a file in the order of their bytes, and the end offset of the last one.
 
     Args:
-        file: the name that the tensors carry.
-        data: the first byte after the header.
+        file: value of `Stored.file`.
+        data: offset of the first byte after the header.
 
     Raises:
-        HeaderError: a wrong type, or tensors that leave gaps, overlap, or are not as long as dtype and shape say.
+        HeaderError: a wrong type, or tensors that leave gaps, overlap, or whose size contradicts dtype and shape.
     """
     if not isinstance(header, dict):
         raise HeaderError("its header is not an object")

@@ -1,9 +1,9 @@
-"""The table between the tensors stored in a released checkpoint and the parameters of our model; no file is touched.
+"""Mapping between the tensors stored in a released checkpoint and the parameters of our model; reads no files.
 
-A stored tensor is either a whole parameter or, for the routed experts, one matrix of one expert: `gate_proj` fills the
-first half of the rows of that expert in our `gate_up_proj`, `up_proj` the second half. Checkpoints that already hold
+A stored tensor is either a whole parameter or, for the routed experts, one matrix of one expert: `gate_proj` is the
+first half of the rows of that expert in our `gate_up_proj`, `up_proj` the second half. Checkpoints that already store
 the experts stacked ("fused") are recognised by their tensor names. `mtp.*` (the multi-token-prediction module of some
-releases) is not part of the model: it is carried from checkpoint to checkpoint untouched.
+releases) is not part of the model: it is copied unchanged to every checkpoint written from this one.
 
 Source: the released Qwen3-Next repositories; `conversion_mapping.py` ("qwen3_next"), transformers 5.23.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.model.config import ModelConfig
 
-if TYPE_CHECKING:  # a run folder is read without torch
+if TYPE_CHECKING:  # run folders are read without torch
     from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -24,7 +24,7 @@ class CheckpointError(ValueError):
 
 
 class Slot(NamedTuple):
-    """The place of one stored tensor in our parameters."""
+    """The position of one stored tensor in our parameters."""
 
     parameter: str
     shape: Shape  # as stored
@@ -37,32 +37,32 @@ class Slot(NamedTuple):
         return self.expert is None and is_expert_parameter(self.parameter)
 
     def of(self, parameter: "Tensor", first_expert: int = 0) -> "Tensor":
-        """View of the part of `parameter` that the stored tensor fills.
+        """View of the part of `parameter` that corresponds to the stored tensor.
 
         Args:
-            first_expert: global id of the expert in the first place of `parameter`.
+            first_expert: global id of the first expert in `parameter`.
         """
         part = parameter if self.expert is None else parameter[self.expert - first_expert]
         return part if self.rows is None else part[self.rows]
 
 
 def is_expert_parameter(name: str) -> bool:
-    """Whether `name` is a parameter of ours that stacks the routed experts, which expert parallelism divides."""
+    """Whether the parameter stacks the routed experts, which expert parallelism partitions."""
     return ".mlp.experts." in name
 
 
 def is_carried(stored: str) -> bool:
-    """Whether a stored tensor is passed through to every checkpoint written from this one, and loaded by none."""
+    """Whether a stored tensor is not loaded but copied to every checkpoint written from this one."""
     return stored.startswith("mtp.")
 
 
 def is_fused(stored: Iterable[str]) -> bool:
-    """Whether the experts are stored stacked, as transformers keeps them in memory, and not one by one."""
+    """Whether the experts are stored stacked, as in transformers' modules, instead of one by one."""
     return any(name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")) for name in stored)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Every parameter of the whole model (all experts), in the order of the layers.
+    """The shape of every parameter of the whole model (all experts), in layer order.
 
     `lm_head.weight` is absent when the embeddings are tied.
     """
@@ -83,10 +83,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def stored_tensors(config: ModelConfig, *, fused: bool = False) -> dict[str, Slot]:
-    """Every tensor of a checkpoint of this model, `mtp.*` aside, with its place in our parameters.
+    """Every tensor of a checkpoint of this model except `mtp.*`, with its position in our parameters.
 
     Args:
-        fused: experts stacked (False: one by one, as released).
+        fused: whether the experts are stacked (False: one by one, as released).
     """
     slots: dict[str, Slot] = {}
     for name, shape in parameter_shapes(config).items():

@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: what it holds, with a hash over all of it. Imports no torch."""
+"""The manifest of a checkpoint: step, files and training state, with a hash over all of it. Imports no torch."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ STEP = re.compile(r"step-(\d+)")
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    file: Annotated[str, Field(pattern=r"^part-\d{5,}\.safetensors$")]  # beside the manifest, and nowhere else
+    file: Annotated[str, Field(pattern=r"^part-\d{5,}\.safetensors$")]  # in the folder of the manifest
     bytes: Annotated[int, Field(ge=0)]
     sha256: str
 
@@ -29,14 +29,14 @@ class _Manifest(BaseModel):
     step: Annotated[int, Field(ge=0)]
     parts: list[_Part]
     state: dict[str, Any]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of all the rest
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of all other fields
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The values of a checkpoint's manifest, without their hash.
+    """The contents of a checkpoint's manifest, without their hash.
 
     Raises:
-        CheckpointError: no manifest, or one that was changed after it was written.
+        CheckpointError: no manifest, or one that was modified after it was written.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -62,7 +62,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def newest_manifest(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint below `root` whose manifest is whole, and that manifest; the other files are not read."""
+    """The newest checkpoint below `root` with a valid manifest, and that manifest; no other file is read."""
     try:
         folders = sorted((path for path in root.iterdir() if STEP.fullmatch(path.name)), key=step_of, reverse=True)
     except OSError:
@@ -71,16 +71,16 @@ def newest_manifest(root: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return folder, read_manifest(folder)
         except CheckpointError:
-            continue  # whoever reads the checkpoint says what is wrong with it
+            continue  # the reader of the checkpoint reports what is wrong
     return None
 
 
 def step_of(folder: Path) -> int:
-    """N of `step-N`, and of what is left of one that was being written or deleted; -1 for any other name."""
+    """N of `step-N` and of the temporary names that start with it; -1 for any other name."""
     found = STEP.match(folder.name)
     return int(found[1]) if found else -1
 
 
 def hash_of_values(manifest: dict[str, Any]) -> str:
-    """The sha256 of a manifest's values, however they are written down."""
+    """The sha256 of a manifest's values, independent of formatting and key order."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""What an export says about itself: a model card for people, and a mark that says who wrote which files of the folder.
+"""The description in an export folder: a model card for people, and a mark with the writer and the hash of each file.
 
-A folder is replaced only by whom its mark names, and only while it holds exactly the files that the mark names.
+A folder is replaced only by the writer named in its mark, and only while it holds exactly the files listed there.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ MARK = "nextune-export.json"
 
 
 class About(NamedTuple):
-    """What an export is."""
+    """Contents of the model card and the mark."""
 
     card: str  # the text of README.md
     facts: dict[str, Any]  # for the mark: run, step, checkpoint and its hash, who wrote it
 
 
 def name_beside(name: str) -> str:
-    """The name under which a file of the base is kept: its card and its mark make room for those of the export."""
+    """The name under which a file of the base is copied; its card and mark are renamed in favour of the export's."""
     for own in (CARD, MARK):
         stem, dot, suffix = own.rpartition(".")
         if re.fullmatch(rf"{re.escape(stem)}(\.base)*{re.escape(dot + suffix)}", name):
@@ -36,11 +36,11 @@ def name_beside(name: str) -> str:
 
 
 def write_about(folder: Path, about: About, files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-    """Write card and mark into a folder that holds everything else.
+    """Write card and mark into a folder that is otherwise complete.
 
     Args:
-        files: sha256 of every other file, by path in the folder.
-        facts: what else the mark says.
+        files: sha256 of every other file, by path relative to `folder`.
+        facts: additional fields of the mark.
     """
     (folder / CARD).write_text(about.card, encoding="utf-8")
     held = {**files, CARD: hashlib.sha256(about.card.encode()).hexdigest()}
@@ -49,7 +49,7 @@ def write_about(folder: Path, about: About, files: Mapping[str, str], facts: Map
 
 
 def read_mark(folder: str | Path) -> dict[str, Any] | None:
-    """The mark of an export, or None where there is none that can be read."""
+    """The mark of an export, or None if it is missing or unreadable."""
     folder = Path(folder)
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
@@ -59,10 +59,10 @@ def read_mark(folder: str | Path) -> dict[str, Any] | None:
 
 
 def check_own(folder: Path, writer: str) -> None:
-    """Make sure that a folder holds what `writer` exported into it and nothing else.
+    """Check that a folder holds exactly the files that `writer` exported into it, unmodified.
 
     Raises:
-        CheckpointError: names what it holds beside that, or what was changed.
+        CheckpointError: names the additional, missing or modified files.
     """
     mark = read_mark(folder)
     files = mark.get("files") if mark and mark.get("written_by") == writer else None

@@ -1,7 +1,7 @@
-"""What a run trained, as a whole model that other tools load: the base with the trained tensors in their places.
+"""Export of a run as a whole model that other tools load: the base with the trained tensors in place of its own.
 
-Every file is read back from the disk before the folder gets its name. A trained tensor that has no place in the export
-is an error, and a file of the base that is not in the export is named: nothing is dropped in silence.
+Every file is read back from the disk before the folder is renamed to its final name. A trained tensor that does not
+occur in the export is an error, and files of the base that are not exported are reported.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ from finetune.model.config import ModelConfig
 
 
 class Merged(NamedTuple):
-    """What a merged model was written from."""
+    """The contents of a merged export."""
 
     changed: list[str]  # stored tensors that were trained
-    copied: list[str]  # stored tensors that are those of the base, files beside the index included
+    copied: list[str]  # stored tensors copied from the base, including those of files that the index does not name
     others: list[str]  # files that are not weights, copied from the base
-    left_out: list[str]  # files and folders of the base that are not in the export
-    not_finite: list[str]  # copied tensors with infinite or undefined numbers, which the base holds
+    left_out: list[str]  # files and folders of the base that were not exported
+    not_finite: list[str]  # copied tensors that hold NaN or infinity in the base
 
     def sentence(self) -> str:
-        """What was written and compared."""
+        """One sentence about what was written and compared."""
         said = (
             f"{len(self.changed)} tensors merged, {len(self.copied)} copied, and {len(self.others)} files that are not"
             f" weights copied; all of it was read back from the disk and compared by SHA-256: the merged tensors equal"
@@ -67,22 +67,21 @@ def export_merged(
     about: About | None = None,
     check_replaceable: Callable[[Path], None] | None = None,
 ) -> Merged:
-    """Write `base` with what was trained as one checkpoint in the layout of `base`.
+    """Write the trained model as one checkpoint in the layout of `base`.
 
-    Files are copied with the trained tensors in their places, computed in float32 and rounded once to the dtype they
-    are stored in; everything else, `mtp.*` included, stays as it is to the byte. Holds one tensor in memory at a time.
-    Where the model was not made from the weights of `base`, or there are none, `replaced` must hold every parameter,
-    and the released layout is written.
+    Trained tensors are computed in float32 and rounded once to their stored dtype; all other tensors, `mtp.*` included,
+    are copied byte for byte. One tensor is held in memory at a time. If training did not start from weights of `base`,
+    or it has none, `replaced` must hold every parameter, and the released layout is written.
 
     Args:
         replaced: trained parameters by name; routed experts one by one, as `PARAMETER::EXPERT`.
-        from_base: whether training started from the weights in `base`; False takes nothing of them.
-        about: what the card and the mark in the folder say; without it there are none.
+        from_base: whether training started from the weights in `base`; False: they are ignored.
+        about: contents of the model card and the export mark; None: neither is written.
         check_replaceable: see `whole_folder`.
 
     Raises:
-        CheckpointError: a trained tensor has no place in `base`, has another shape, or is not finite; nothing was
-            trained; `to` is not free; or what was written does not read back.
+        CheckpointError: a trained tensor does not occur in `base`, has another shape, or is not finite; nothing was
+            trained; `to` is not free; or the files do not read back as written.
     """
     base = Path(base)
     config = ModelConfig.from_folder(base)
@@ -102,7 +101,7 @@ def export_merged(
 
 
 def _rewrite(base: Path, folder: Path, config: ModelConfig, trained: Trained, hashes: dict[str, str]) -> Merged:
-    """Copy the weight files of `base` with what was trained in its place; adds the hashes of the files."""
+    """Copy the weight files of `base` with the trained tensors replaced; adds the files' hashes to `hashes`."""
     checkpoint = open_checkpoint(base)
     slots = match(checkpoint, config)
     changed: list[str] = []
@@ -129,10 +128,10 @@ def _rewrite(base: Path, folder: Path, config: ModelConfig, trained: Trained, ha
 
 
 def _beside(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> tuple[list[str], list[str]]:
-    """Of what lies in a base folder and is neither read nor a companion: what is carried, and what is left out.
+    """The entries of a base folder that are neither loaded nor companions: those to copy, and those to leave out.
 
-    Weights of the multi-token-prediction module are carried wherever they are. Anything else would be weights of the
-    model as it was before the training, in another form.
+    Files that hold only the multi-token-prediction module are copied. Anything else would be another format of the
+    untrained weights, and is left out.
     """
     read = set(checkpoint.by_file())
     folders = {file.partition("/")[0] for file in read if "/" in file}
@@ -151,7 +150,7 @@ def _beside(checkpoint: Checkpoint, slots: Mapping[str, Slot]) -> tuple[list[str
 
 
 def _write(base: Path, folder: Path, config: ModelConfig, trained: Trained, hashes: dict[str, str]) -> Merged:
-    """Write a checkpoint of which every tensor was trained; adds the hashes of the files."""
+    """Write a checkpoint in which every tensor was trained; adds the files' hashes to `hashes`."""
     slots = stored_tensors(config)
     absent = [name for name, slot in slots.items() if not trained.touches(slot)]
     if absent:

@@ -1,4 +1,4 @@
-"""One rank's file of a checkpoint, written and hashed in pieces, so that a long write shows that it goes on.
+"""Writing and hashing one rank's file of a checkpoint in pieces, so that a long write reports progress.
 
 Source: the safetensors format (8 bytes of length, a JSON header, the data).
 """
@@ -16,13 +16,13 @@ from finetune.checkpoint.folder import sync
 from finetune.checkpoint.header import DTYPES
 
 PIECE_BYTES = 64 << 20
-PIECES_BETWEEN_FLUSHES = 16  # a last flush of everything could take longer than a rank may show no progress
+PIECES_BETWEEN_FLUSHES = 16  # a single flush at the end could exceed the stall timeout
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT_BYTES = 8
 
 
 def write_part(path: Path, tensors: Mapping[str, Tensor], progress: Callable[[], None]) -> tuple[int, str]:
-    """Write tensors in host memory as one safetensors file and wait until it is on the disk.
+    """Write tensors in host memory as one safetensors file and flush it to the disk.
 
     Args:
         progress: called after each piece.
@@ -34,7 +34,7 @@ def write_part(path: Path, tensors: Mapping[str, Tensor], progress: Callable[[],
     with path.open("wb", buffering=0) as file:
         for number, piece in enumerate(_pieces(tensors), start=1):
             written = 0
-            while written < len(piece):  # one write may take less than it was given
+            while written < len(piece):  # a write may be partial
                 written += file.write(piece[written:])
             digest.update(piece)
             size += len(piece)
@@ -61,7 +61,7 @@ def hash_of(path: Path, progress: Callable[[], None] = lambda: None) -> str:
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
-    """The bytes of the file in order: the header, then each tensor, the widest dtypes first so that all are aligned."""
+    """The bytes of the file in order: the header, then tensors by decreasing dtype size, so that all are aligned."""
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header, end = {}, 0
     for name in names:

@@ -1,4 +1,4 @@
-"""The `config.json` of a checkpoint that is written without a base, in the spelling of the released ones."""
+"""The `config.json` of a checkpoint that is written without a base, in the format of the released ones."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from finetune.model.config import ModelConfig
 
 
 def released_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """A `config.json` in the spelling of the released ones.
+    """A `config.json` in the format of the released ones.
 
-    The rotary settings are at the top, where transformers 4 reads them (it ignores the `rope_parameters` of version 5
-    and falls back to a base of 10,000 without a word); version 5 reads both. The layer types are written as an
-    interval where one makes them, and in full otherwise.
+    The rotary settings are written at the top level, which transformers 4 and 5 both read (version 4 silently ignores
+    `rope_parameters` of version 5 and uses a base of 10,000). The layer types are written as `full_attention_interval`
+    where they are regular, else in full.
     """
     interval = next(
         (

@@ -1,7 +1,7 @@
-"""Finding the checkpoints of a run again: the newest that is whole, a named one, and the tensors in it.
+"""Finding and opening checkpoints of a run: the newest whole one, a named one, and the tensors in it.
 
-Tensors are found by name, whichever rank wrote them, so a run may go on with another number of ranks; the names are the
-trainer's (`PARAMETER::KIND`, for routed experts `PARAMETER::KIND::EXPERT`). `writer.py` says how they are written.
+Tensors are looked up by name over the files of all ranks, so a run may resume with another number of ranks. Names are
+`PARAMETER::KIND`, for routed experts `PARAMETER::KIND::EXPERT`. `writer.py` describes how checkpoints are written.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +23,9 @@ ADVICE = "the same command again continues from the newest checkpoint that is wh
 
 
 class TensorStore(Mapping[str, Tensor]):
-    """The tensors of a checkpoint by name, over the files of all ranks; each is read when asked for.
+    """The tensors of a checkpoint by name, over the files of all ranks; each is read on access.
 
-    Read, not mapped: a mapped file that is cut short meanwhile kills the process with SIGBUS.
+    Files are read, not mapped: truncation of a mapped file kills the process with SIGBUS.
     """
 
     def __init__(self, folder: Path, files: list[str]):
@@ -38,7 +38,7 @@ class TensorStore(Mapping[str, Tensor]):
         """The tensor of this name.
 
         Raises:
-            CheckpointError: there is none, or its file cannot be read any more.
+            CheckpointError: no such tensor, or its file cannot be read.
         """
         if name not in self._stored:
             raise CheckpointError(
@@ -61,15 +61,15 @@ class TensorStore(Mapping[str, Tensor]):
 
 
 def newest_checkpoint(root: str | Path, progress: Callable[[], None] = lambda: None) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and one sentence for each newer one that had to be passed over.
+    """The newest whole checkpoint (None: there is none), and one sentence for each newer one that was rejected.
 
-    Reads every byte of it, to compare hashes: call it on one rank and tell the others.
+    Reads and hashes every byte: call it on one rank and broadcast the result.
 
     Args:
         progress: called after each piece that is hashed.
 
     Raises:
-        CheckpointError: the list of checkpoints cannot be read.
+        CheckpointError: the folder of checkpoints cannot be read.
     """
     root = Path(root)
     told = []
@@ -91,16 +91,16 @@ def newest_checkpoint(root: str | Path, progress: Callable[[], None] = lambda: N
 
 
 def newest_name(root: Path) -> str | None:
-    """The folder of the newest checkpoint that has a manifest, its hashes unread; for a sentence, not for a resume."""
+    """The folder of the newest checkpoint that has a manifest; hashes are not checked. For messages, not to resume."""
     whole = [folder for folder in root.glob("step-*") if STEP.fullmatch(folder.name) and (folder / MANIFEST).exists()]
     return str(max(whole, key=step_of)) if whole else None
 
 
 def check_nothing_lost(root: Path) -> None:
-    """Make sure that a run without a whole checkpoint never had one, so that its first step is the one to take.
+    """Check that a run without a whole checkpoint never had one, so that it may start at its first step.
 
     Raises:
-        CheckpointError: checkpoints are there and all are damaged, or the run's own lines tell of one that is gone.
+        CheckpointError: all checkpoints are damaged, or metrics.jsonl records one that no longer exists.
     """
     anew = "put one back from a copy, or give this run another name (--set name=...) to begin at the first step"
     if root.is_dir() and (damaged := _folders(root)):
@@ -120,17 +120,17 @@ def chosen_checkpoint(
     finished: int | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Path:
-    """The checkpoint that a user names, whole: `newest`, `best` (the lowest held-out loss) or `step-N`.
+    """The whole checkpoint that a user named: `newest`, `best` (the lowest held-out loss) or `step-N`.
 
-    An older checkpoint is used only when it is named: `newest` and `best` are refused where the run's newest is lost.
+    An older checkpoint must be named explicitly: `newest` and `best` are errors if the run's newest checkpoint is lost.
 
     Args:
-        say: is told what the user should know about the choice.
+        say: called with each sentence to report to the user.
         finished: the last step of a run that ended.
         progress: called after each piece that is hashed.
 
     Raises:
-        CheckpointError: there is none, or the one that was asked for is not whole.
+        CheckpointError: no such checkpoint, or the named one is not whole.
     """
     root = Path(root)
     if which in ("newest", "best"):
@@ -159,7 +159,7 @@ def chosen_checkpoint(
 
 
 def _best(newest: Path, root: Path, say: Callable[[str], None]) -> str:
-    """Name of the checkpoint with the lowest held-out loss, as the newest one knows it."""
+    """Name of the checkpoint with the lowest held-out loss, as recorded in the newest one."""
     best = read_manifest(newest)["state"].get("best")
     if best is None:
         raise CheckpointError(
@@ -186,7 +186,7 @@ def _best(newest: Path, root: Path, say: Callable[[str], None]) -> str:
 
 
 def _last_recorded(root: Path) -> int:
-    """Step of the last checkpoint that the run's own lines say was whole; 0 if there is none or no line can be read."""
+    """Step of the last checkpoint recorded in metrics.jsonl; 0 if there is none or the file cannot be read."""
     try:
         lines = read_metrics(root.parent / "metrics.jsonl")
         return max((line["step"] for line in lines if line["kind"] == "checkpoint"), default=0)
@@ -195,7 +195,7 @@ def _last_recorded(root: Path) -> int:
 
 
 def _folders(root: Path) -> list[Path]:
-    """Folders that have the name of a checkpoint, oldest first."""
+    """Folders named `step-N`, oldest first."""
     return sorted((path for path in root.iterdir() if STEP.fullmatch(path.name)), key=step_of)
 
 
@@ -205,10 +205,10 @@ def _there_are(root: Path) -> str:
 
 
 def open_state(folder: str | Path) -> tuple[dict[str, Any], TensorStore]:
-    """The state (and in it `step`) and the tensors of a checkpoint that `newest_checkpoint` found whole.
+    """The training state (with its `step`) and the tensors of a checkpoint that `newest_checkpoint` found whole.
 
     Raises:
-        CheckpointError: the manifest or a file is missing, changed or cut short.
+        CheckpointError: the manifest or a file is missing, modified or truncated.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -217,12 +217,12 @@ def open_state(folder: str | Path) -> tuple[dict[str, Any], TensorStore]:
 
 
 def _fault(folder: Path, progress: Callable[[], None] = lambda: None) -> str | None:
-    """What is wrong with a checkpoint, or None: every file is there and has the hash that was recorded."""
+    """What is wrong with a checkpoint, or None if every file exists and has its recorded hash."""
     try:
         return _fault_of_parts(folder, read_manifest(folder)["parts"], progress)
     except CheckpointError as error:
         return str(error)
-    except OSError as error:  # a disk that gives up while one of the files is hashed
+    except OSError as error:  # an I/O error while a file is hashed
         return f"cannot be read ({error})"
 
 

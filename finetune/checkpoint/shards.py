@@ -1,10 +1,11 @@
-"""The safetensors files of a checkpoint folder: what they hold, reading from them, new ones. Knows no model.
+"""Reading and writing the safetensors files of a checkpoint folder; independent of any model.
 
-Only headers are read to know what a folder holds, so opening 80 billion parameters takes a second or two.
+Only headers are read to list the tensors of a folder, so opening a checkpoint of 80 billion parameters takes a second
+or two.
 
-Values are read, not mapped. Mapped pages count as memory of the process until the file is closed, the kernel reads far
-around each one (for a quarter of the experts, more than twice their bytes), and a file that is cut short meanwhile
-kills the process with a signal, where a read only returns less than it was asked for.
+Values are read, not mapped. Mapped pages count as memory of the process until the file is closed; the kernel reads
+ahead around each one (for a quarter of the experts, more than twice their bytes); and truncation of a mapped file
+kills the process with SIGBUS, whereas a read returns fewer bytes.
 
 Source: the safetensors format (8 bytes of length, a JSON header, the data); the index file of transformers.
 """
@@ -27,13 +28,13 @@ INDEX = "model.safetensors.index.json"
 
 _LARGEST_HEADER_BYTES = 100_000_000  # the format's own limit
 
-STAGING_BYTES = 32 << 20  # host memory through which values pass that cannot be read straight into their place
-_MOST_PIECES = 64  # in one read; Linux takes up to 1024
-_ALIGNMENT_BYTES = 8  # of each value in the staging memory: that of the widest dtype
+STAGING_BYTES = 32 << 20  # host memory for values that cannot be read directly into their tensor
+_MOST_PIECES = 64  # buffers in one `preadv`; Linux allows 1024
+_ALIGNMENT_BYTES = 8  # of each value in the staging memory: the size of the widest dtype
 
 
 class Checkpoint(NamedTuple):
-    """The tensors of a folder, by name, in the order of files and bytes; values are read when asked for."""
+    """The tensors of a folder by name, in the order of files and bytes; values are read on demand."""
 
     folder: Path
     tensors: dict[str, Stored]
@@ -58,7 +59,7 @@ class Checkpoint(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Numbers that stand one after another in a file, and the tensor that takes them."""
+    """A contiguous range of stored values, and the tensor to read them into."""
 
     start: int  # first byte in the file
     dtype: torch.dtype  # as stored
@@ -71,7 +72,7 @@ class Wanted(NamedTuple):
 
     @property
     def direct(self) -> bool:
-        """Whether the bytes in the file are those of the tensor, in memory that a file can be read into."""
+        """Whether the bytes can be read directly into the tensor: it is on the CPU and has the stored dtype."""
         return self.into.device.type == "cpu" and self.into.dtype == self.dtype
 
 
@@ -83,7 +84,7 @@ class Entry(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """How many numbers it holds."""
+        """The number of elements."""
         return torch.Size(self.shape).numel()
 
     @property
@@ -93,16 +94,16 @@ class Entry(NamedTuple):
 
 
 def has_weights(folder: str | Path) -> bool:
-    """Whether the folder holds weights in the released form; a folder to train from scratch holds none."""
+    """Whether the folder holds weights in the released layout; a folder for training from scratch has none."""
     folder = Path(folder)
     return os.path.lexists(folder / SINGLE) or os.path.lexists(folder / INDEX)
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """What a checkpoint folder holds: `model.safetensors`, or the files that `model.safetensors.index.json` names.
+    """Open a checkpoint folder: `model.safetensors`, or the files named by `model.safetensors.index.json`.
 
     Raises:
-        CheckpointError: no weights, an unreadable or truncated file, or an index that does not fit its files.
+        CheckpointError: no weights, an unreadable or truncated file, or an index that contradicts its files.
     """
     folder = Path(folder)
     if os.path.lexists(folder / SINGLE):
@@ -118,11 +119,11 @@ def read_header(path: Path, file: str | None = None, advice: str = "download it 
     """The tensors of one safetensors file, in the order of their bytes.
 
     Args:
-        file: the name that the tensors carry; by default that of the file without its folder.
-        advice: what to do about a file that is gone or damaged.
+        file: value of `Stored.file`; by default the file's name without its folder.
+        advice: end of the message about a missing or damaged file.
 
     Raises:
-        CheckpointError: no such file, not safetensors, or not as long as its header says.
+        CheckpointError: no such file, not safetensors, or a size that contradicts its header.
     """
     try:
         with open_regular(path) as opened:
@@ -198,17 +199,18 @@ def read_into(
     progress: Callable[[], None] = lambda: None,
     advice: str = "download it again",
 ) -> None:
-    """Fill tensors with values of one file, in few reads if they are wanted in the order of their bytes.
+    """Fill tensors with values of one file; ranges that follow one another in the file are read together.
 
-    Straight into place where `Wanted.direct`. All else passes through `STAGING_BYTES` of host memory (page-locked for a
-    GPU), which is all that this takes beside the tensors.
+    Values are read directly into tensors where `Wanted.direct`. All others pass through `STAGING_BYTES` of host memory
+    (page-locked for a GPU), which is the only additional memory.
 
     Args:
+        wanted: ranges and their tensors, in the order of the file for few reads.
         progress: called after each read.
-        advice: what to do about a file that is gone or was cut short.
+        advice: end of the message about a missing or truncated file.
 
     Raises:
-        CheckpointError: no such file, it ends too early, or the disk refused.
+        CheckpointError: no such file, it ends too early, or an I/O error.
     """
     staging = torch.empty(0, dtype=torch.uint8)
     try:
@@ -232,7 +234,7 @@ def read_into(
 
 
 def _runs(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
-    """Lists of pieces that follow one another in the file without a gap; their staged ones fit the staging memory."""
+    """Group pieces into lists that are contiguous in the file and whose staged pieces fit into the staging memory."""
     run: list[Wanted] = []
     staged_bytes = end = 0
     for piece in (piece for one in wanted for piece in _pieces(one)):
@@ -248,7 +250,7 @@ def _runs(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
 
 
 def _pieces(one: Wanted) -> Iterator[Wanted]:
-    """The same, flat, and cut where the staging memory is too small for it."""
+    """The range as flat tensors, split where it exceeds the staging memory."""
     assert one.into.is_contiguous(), "only a tensor in one piece can be filled with one range of a file"
     flat = one.into.detach().view(-1)
     if one.direct:
@@ -260,7 +262,7 @@ def _pieces(one: Wanted) -> Iterator[Wanted]:
 
 
 def _buffers(run: list[Wanted], staging: Tensor) -> list[Tensor]:
-    """The bytes that each piece is read into: its own, or the next ones of the staging memory."""
+    """The byte buffer for each piece: its own tensor, or the next part of the staging memory."""
     buffers = []
     for piece in run:
         if piece.direct:
@@ -276,7 +278,7 @@ def _aligned(size: int) -> int:
 
 
 def _read(descriptor: int, buffers: list[memoryview], start: int, progress: Callable[[], None]) -> None:
-    """Fill all buffers, in order, with the bytes from `start` on; one read may return less than it was asked for."""
+    """Fill all buffers, in order, with the bytes from `start`; a single `preadv` may return fewer."""
     buffers = [buffer for buffer in buffers if len(buffer)]
     while buffers:
         count = os.preadv(descriptor, buffers, start)
@@ -293,12 +295,12 @@ def _read(descriptor: int, buffers: list[memoryview], start: int, progress: Call
 def write_shards(
     folder: Path, entries: Mapping[str, Entry], read: Callable[[str], Tensor], max_shard_bytes: float
 ) -> None:
-    """Write tensors as `model.safetensors`, or as numbered files and their index when one file is not enough.
+    """Write tensors as `model.safetensors`, or as numbered files with an index if they exceed `max_shard_bytes`.
 
-    Holds one file's tensors in memory at a time.
+    The tensors of one file are held in memory at a time.
 
     Args:
-        read: the values of a tensor by name; shape and dtype as its entry says.
+        read: returns the values of a tensor by name, with the shape and dtype of its entry.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -325,6 +327,6 @@ def write_shards(
 
 
 def listed(names: list[str]) -> str:
-    """The first ten names, and how many more there are."""
+    """The first ten names, and the number of the others."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more

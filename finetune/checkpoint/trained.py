@@ -1,4 +1,4 @@
-"""What a run trained, by name: LoRA factors and whole parameters, and the value of each stored tensor they make."""
+"""The trained tensors of a run (LoRA factors and whole parameters), and the stored tensors that result from them."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,24 +21,24 @@ _WEIGHT = re.compile(r"(?P<parameter>.+)::fp32(?P<expert>::\d+)?")
 
 
 class LoraFactors(NamedTuple):
-    """Low-rank factors: the weight of a module, or one matrix of one expert, grows by scaling * B @ A."""
+    """LoRA factors: scaling * B @ A is added to the weight of a module, or to one matrix of one expert."""
 
     rank: int
     alpha: float
-    dropout: float  # of the training; the merged weights do not depend on it
+    dropout: float  # during training; the merged weights do not depend on it
     modules: dict[str, tuple[Tensor, Tensor]]  # module name in our model -> A (rank, in), B (out, rank); float32
-    # Those of the routed experts, read when asked for: `PARAMETER::EXPERT::A` (rank, in), `::B` (out, rank); float32.
+    # Factors of the routed experts, read on access: `PARAMETER::EXPERT::A` (rank, in), `::B` (out, rank); float32.
     experts: Mapping[str, Tensor] = MappingProxyType({})
-    rslora: bool = False  # alpha / sqrt(rank) in place of alpha / rank
+    rslora: bool = False  # alpha / sqrt(rank) instead of alpha / rank
 
     @property
     def scaling(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """The factor of B @ A."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 class Renamed(Mapping[str, Tensor]):
-    """Tensors of another mapping under other names, read when asked for."""
+    """A mapping with renamed keys; its tensors are read on access."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: dict[str, str]):
         self._tensors, self._names = tensors, names
@@ -56,16 +56,19 @@ class Renamed(Mapping[str, Tensor]):
 def split_trained(
     tensors: Mapping[str, Tensor], *, alpha: float, dropout: float, rslora: bool = False
 ) -> tuple[LoraFactors | None, Mapping[str, Tensor]]:
-    """The trained weights in a training state: the LoRA factors, and the parameters that were trained themselves.
+    """Split a training state into the LoRA factors and the parameters that were trained directly.
 
-    The latter are named by parameter, routed experts by `PARAMETER::EXPERT`, and read when asked for, as are factors
-    of the routed experts. Optimizer state is left out.
+    The latter are named by parameter, routed experts by `PARAMETER::EXPERT`. They and the factors of routed experts are
+    read on access. Optimizer state is ignored.
 
     Args:
-        tensors: names as the trainer gives them: `PARAMETER::fp32`, for routed experts `PARAMETER::fp32::EXPERT`.
+        tensors: by the trainer's names: `PARAMETER::fp32`, for routed experts `PARAMETER::fp32::EXPERT`.
+
+    Returns:
+        The factors (None: the run has no LoRA), and the directly trained parameters.
 
     Raises:
-        CheckpointError: a factor without its other half, or factors of different ranks.
+        CheckpointError: only one of A and B is there, or factors differ in rank.
     """
     factors: dict[str, dict[str, Tensor]] = {}
     names: dict[str, str] = {}
@@ -84,7 +87,7 @@ def split_trained(
     if lone:
         raise CheckpointError(f"the training state holds one LoRA factor of two for {listed(lone)}; it is damaged")
     ranks = {pair["A"].shape[0] for pair in factors.values()}
-    for name in list(on_experts)[:1]:  # the others when they are read
+    for name in list(on_experts)[:1]:  # the others are checked when they are read
         ranks.add(tensors[on_experts[name]].shape["AB".index(name[-1])])
     if len(ranks) > 1:
         raise CheckpointError(f"the training state mixes LoRA ranks {sorted(ranks)}; one run trains one rank")
@@ -93,7 +96,7 @@ def split_trained(
 
 
 class Trained:
-    """What was trained, checked against the model: every tensor has a place."""
+    """The trained tensors, checked against the model: each must correspond to a parameter."""
 
     def __init__(self, config: ModelConfig, adapter: LoraFactors | None, replaced: Mapping[str, Tensor]):
         self.shapes = shapes = parameter_shapes(config)
@@ -112,7 +115,7 @@ class Trained:
         self._check_replaced()
 
     def _check_expert_factors(self) -> None:
-        """Where one matrix of one expert of a layer is adapted, both matrices of all of them must be."""
+        """If any expert matrix of a layer is adapted, both matrices of all its experts must be."""
         layers = {name.rpartition(".")[0] for name in self.adapted_experts}
         places = {
             f"{_piece(name, expert)}::{factor}"
@@ -148,7 +151,7 @@ class Trained:
         """The trained values of a stored tensor, float32.
 
         Args:
-            stored: its values before training; called only where `replaced` does not hold the tensor.
+            stored: returns its values before training; called unless `replaced` holds the tensor.
         """
         if not self._replaces(slot):
             value = stored().float()
@@ -200,10 +203,10 @@ def _piece(parameter: str, expert: int | None) -> str:
 
 
 def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A trained value in the dtype that it is stored in.
+    """A trained value in its stored dtype, on the CPU.
 
     Raises:
-        CheckpointError: the dtype is too coarse to merge into, or the value is not finite.
+        CheckpointError: the dtype is an integer or float8, or the rounded value is not finite.
     """
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise CheckpointError(

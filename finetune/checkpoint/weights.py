@@ -1,7 +1,7 @@
-"""Model weights from and to folders in the released layout, one stored tensor at a time.
+"""Loading and saving of model weights in the released layout, one stored tensor at a time.
 
-A rank of an expert-parallel run reads its own experts only. Writing gives what the hub serves: experts one by one,
-numbered files with an index, and everything of the base folder that is not weights, byte for byte.
+A rank of an expert-parallel run reads only its own experts. Saved folders have the format of released ones: experts
+stored one by one, numbered files with an index, and byte-for-byte copies of all files of the base that are not weights.
 """
 
 import re
@@ -41,22 +41,22 @@ from finetune.checkpoint.shards import (
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM, parameter_dtype
 
-MAX_SHARD_BYTES = 5e9  # what the hub's own tools write
-TRAINED = ("F32", "BF16", "F16", "F64")  # as stored; all are cast to the dtype of the run
-PROGRESS_SECONDS = 10.0  # between two lines about a long load
+MAX_SHARD_BYTES = 5e9  # as the hub's own tools
+TRAINED = ("F32", "BF16", "F16", "F64")  # stored dtypes; all are cast to the dtype of the run
+PROGRESS_SECONDS = 10.0  # between two progress messages of a long load
 
-Convert = Callable[[str, Tensor], Tensor]  # a parameter's name and value, and what takes its place
+Convert = Callable[[str, Tensor], Tensor]  # maps a parameter's name and value to its replacement
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def resolve_model(path: str | Path) -> Path:
-    """The folder of a model: a local folder (from here, then from the checkout), else a repository of the hub.
+    """The folder of a model: a local one (relative to the working directory, then to the checkout), or a hub download.
 
-    A hub repository is downloaded once, into the cache of `huggingface_hub`; it needs the network the first time.
+    A hub repository is downloaded once, into the cache of `huggingface_hub`; this needs the network.
 
     Raises:
-        CheckpointError: no such folder, and no such repository within reach.
+        CheckpointError: no such folder, and no such repository can be downloaded.
     """
     path = str(path)
     for folder in (Path(path).expanduser(), _CHECKOUT / path):
@@ -65,7 +65,7 @@ def resolve_model(path: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise CheckpointError(f"{path}: no such folder; point at a checkpoint folder or a hub repository OWNER/NAME")
     try:
-        # `original/` and the other formats would double a download of 160 GB.
+        # `original/` and the other formats would double the download of 160 GB.
         unused = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if not suffix.startswith(".safetensors")]
         return Path(snapshot_download(path, ignore_patterns=[*unused, "*.h5", "*.msgpack", "original/*", "onnx/*"]))
     except (OSError, HTTPError, HFValidationError) as error:
@@ -77,13 +77,13 @@ def resolve_model(path: str | Path) -> Path:
 
 
 def match(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Slot]:
-    """The place in our parameters of every stored tensor that the model loads.
+    """The position in our parameters of every stored tensor that the model loads.
 
-    With tied embeddings a stored `lm_head.weight` is tolerated, and has the place of the embeddings.
+    With tied embeddings a stored `lm_head.weight` is accepted and mapped to the embeddings.
 
     Raises:
-        CheckpointError: tensors missing, unknown, of another shape than `config` says, or of a dtype that does not
-            train.
+        CheckpointError: tensors are missing, unknown, of another shape than in `config`, or of a dtype that cannot be
+            trained.
     """
     found = checkpoint.tensors
     slots = stored_tensors(config, fused=is_fused(found))
@@ -131,23 +131,23 @@ def load_weights(
     convert: Convert | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Give `model`, usually built on the meta device, the weights in `folder`: of its own experts only.
+    """Load weights from `folder` into `model` (usually on the meta device), of the experts only those it holds.
 
-    Reads every header, and of the values those that this model holds, each once and into its place. Host memory beside
-    the parameters: `shards.STAGING_BYTES` and the table of stored tensors (under 100 MB for the 74,391 of the 80B).
+    Reads every header, and each value that this model holds once, directly into its parameter. Additional host memory:
+    `shards.STAGING_BYTES` and the table of stored tensors (under 100 MB for the 74,391 of the 80B model).
 
-    Every parameter is replaced by a new one that keeps its `requires_grad` and its attributes, so load before an
-    optimizer or an adapter sees the model.
+    Every parameter is replaced by a new one with the same `requires_grad` and attributes, so load before creating an
+    optimizer or an adapter.
 
     Args:
-        say: told every `PROGRESS_SECONDS` how far a load is that takes longer.
-        convert: called once for each parameter, with its name and its whole value on `device`, before it is put in
-            place; what it returns, of any dtype and shape, takes the place (a quantised form of frozen weights, say).
-            At most one module's values are held unconverted at a time.
+        say: called every `PROGRESS_SECONDS` of a long load with a progress message.
+        convert: called once for each parameter with its name and its whole value on `device`; its result, of any dtype
+            and shape, becomes the parameter (e.g. a quantised form of frozen weights). At most one module's values are
+            held unconverted at a time.
         progress: called after each read from a file.
 
     Raises:
-        CheckpointError: the folder does not hold this model, or a number of it is infinite or undefined.
+        CheckpointError: the folder does not hold this model, or holds NaN or infinity.
     """
     folder = Path(folder)
     checkpoint = open_checkpoint(folder)
@@ -171,7 +171,7 @@ def load_weights(
             wanted = [_wanted(checkpoint.tensors[name], held[name], places, model.local_experts) for name in together]
             read_into(folder / file, wanted, progress)
             done += sum(one.size_bytes for one in wanted)
-            del wanted  # it holds on to values that are converted now
+            del wanted  # it references values that are converted now
             places.arrived(held[name].parameter for name in together)
         now = time.monotonic()
         if now - told >= PROGRESS_SECONDS and number < len(files):
@@ -195,13 +195,13 @@ def _by_file(checkpoint: Checkpoint, held: Mapping[str, Slot]) -> dict[str, list
 
 
 def _stored_bytes(stored: Stored, slot: Slot, model: HybridMoEForCausalLM) -> int:
-    """Bytes that this model reads of a stored tensor."""
+    """The number of bytes of a stored tensor that this model reads."""
     size = stored.end - stored.start
     return size * len(model.local_experts) // slot.shape[0] if slot.fused else size
 
 
 def _wanted(stored: Stored, slot: Slot, places: "_Places", local: range) -> Wanted:
-    """What to read of a stored tensor: all of it, or of stacked experts those of this rank."""
+    """The range of a stored tensor to read: all of it, or this rank's part of stacked experts."""
     start = stored.start
     if slot.fused:
         start += local.start * (stored.end - stored.start) // slot.shape[0]
@@ -209,10 +209,10 @@ def _wanted(stored: Stored, slot: Slot, places: "_Places", local: range) -> Want
 
 
 class _Places:
-    """The parameters of a model that is being loaded: each is made when its first value is due, and put in place.
+    """The parameters of a model during loading: allocated at their first value, and set in the model when complete.
 
-    Without `convert` a portion is a file; with it a portion is what stands together of one module, and a parameter is
-    converted as soon as its last value has arrived.
+    Without `convert`, one file is read at a time. With it, the consecutive tensors of one module are, and a parameter
+    is converted as soon as it is complete.
     """
 
     def __init__(
@@ -224,11 +224,11 @@ class _Places:
         check: Callable[[str, Tensor], None],
         convert: Convert | None,
     ):
-        """Nothing is made yet.
+        """Allocate nothing yet.
 
         Args:
-            missing: how many stored tensors each parameter is made of.
-            check: called with each parameter's name and whole value before it is put in place.
+            missing: the number of stored tensors that make up each parameter.
+            check: called with each parameter's name and complete value before it is converted and set.
         """
         self._model, self._dtype, self._device, self._check, self._convert = model, dtype, device, check, convert
         self._old = dict(model.named_parameters())
@@ -240,7 +240,7 @@ class _Places:
         assert not absent, f"not parameters of the model: {absent}"
 
     def value(self, name: str) -> Tensor:
-        """The tensor that a parameter's values are read into."""
+        """The tensor into which a parameter's values are read."""
         if name not in self._filling:
             self._filling[name] = torch.empty(
                 self._old[name].shape, dtype=parameter_dtype(name, self._dtype), device=self._device
@@ -248,21 +248,21 @@ class _Places:
         return self._filling[name]
 
     def portions(self, names: list[str], held: Mapping[str, Slot]) -> list[list[str]]:
-        """Stored tensors of one file, in lists that are read at once."""
+        """The stored tensors of one file, in groups that are read together."""
         if self._convert is None:
             return [names]
         modules = groupby(names, lambda name: held[name].parameter.rpartition(".")[0])
         return [list(together) for _, together in modules]
 
     def arrived(self, parameters: Iterable[str]) -> None:
-        """Note a stored tensor's arrival for each of these; parameters that are whole now are put in place."""
+        """Count one stored tensor as read for each name; complete parameters are set in the model."""
         for name in parameters:
             self._missing[name] -= 1
             if not self._missing[name]:
                 self._put(name, self._filling.pop(name))
 
     def check_all_filled(self) -> None:
-        """No parameter was left on the way."""
+        """Assert that every parameter is complete."""
         assert not self._filling, f"not whole: {sorted(self._filling)}"
 
     def _put(self, name: str, value: Tensor) -> None:
@@ -296,14 +296,15 @@ def from_pretrained(
     experts: range | None = None,
     convert: Convert | None = None,
 ) -> HybridMoEForCausalLM:
-    """The model in `folder`, with all its experts or those of one rank.
+    """The model in `folder`, with all experts or those of one rank.
 
     Args:
+        experts: global ids of the experts to hold; None: all.
         convert: see `load_weights`.
 
     Raises:
-        CheckpointError: the weights do not fit the configuration.
-        ConfigError: no configuration, or one of another model.
+        CheckpointError: the weights do not match the configuration.
+        ConfigError: no configuration, or that of another model.
     """
     folder = Path(folder)
     config = ModelConfig.from_folder(folder)
@@ -322,12 +323,12 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the whole model as a folder in the released layout, which appears whole or not at all.
+    """Write the whole model as a folder in the released layout, whole or absent.
 
     Args:
-        base: checkpoint folder that the model comes from. Its configuration, tokenizer, templates and other files go
-            into the new folder byte for byte, and so do its `mtp.*` tensors. Without it a configuration is written.
-        dtype: of every tensor of the model; by default what `base` stores it in, else that of the model's weights.
+        base: checkpoint folder that the model was loaded from. Its configuration, tokenizer, templates, other files and
+            `mtp.*` tensors are copied unchanged. None: a configuration is written, and nothing else.
+        dtype: of every tensor of the model; by default its dtype in `base`, else that of the model's weights.
 
     Raises:
         CheckpointError: `folder` is not free, `base` is not a checkpoint of this model, or the disk refused.

@@ -1,11 +1,11 @@
-"""Writing training state while training goes on: `ROOT/step-N/`, whole or absent.
+"""Asynchronous writing of checkpoints: `ROOT/step-N/`, whole or absent.
 
-The trainer hands over copies in host memory and takes its next step; a thread of each rank does the rest. Every rank
-writes the tensors it answers for to one file of `ROOT/step-N.TOKEN.tmp`, then that file's size and hash. Rank 0 waits
-until the parts of all ranks are there, and its last act is a rename, after the manifest is on the disk. The threads
-meet on the disk alone: a collective beside those of the step would mix with them. A run killed at any moment leaves the
-checkpoints before and at most one such folder, which the next write removes; its token keeps a rank of the killed run
-that is still writing out of the next one's way.
+The trainer passes copies in host memory and continues; one thread of each rank writes. Every rank writes its tensors
+to one file of `ROOT/step-N.TOKEN.tmp`, then that file's size and hash. Rank 0 waits for the parts of all ranks, writes
+the manifest, flushes it to the disk and renames the folder last. The threads synchronise through the file system only:
+a collective could interleave with those of the step. A run killed at any moment leaves the earlier checkpoints and at
+most one temporary folder, which the next write removes. The token in its name separates ranks of a killed run that are
+still writing from the next run.
 """
 
 import json
@@ -33,23 +33,23 @@ from finetune.checkpoint.shards import listed, read_header
 PART = re.compile(r"part-\d+\.(safetensors|json)")
 LEFTOVER = re.compile(r"step-\d+\.(\w+\.)?tmp")
 
-SECONDS_BETWEEN_LOOKS = 0.02  # at the disk, for what another rank writes
-SECONDS_TO_APPEAR = 120  # of rank 0's folder on another node; a network disk may show it late
-SECONDS_FOR_OTHERS = 5  # when this rank must end: to write what only needs the others' parts
+SECONDS_BETWEEN_LOOKS = 0.02  # polling interval for files of other ranks
+SECONDS_TO_APPEAR = 120  # until rank 0's folder is visible on another node; a network disk may delay it
+SECONDS_FOR_OTHERS = 5  # at exit: time to finish a checkpoint that only waits for parts of other ranks
 
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint that is whole."""
+    """A whole checkpoint that was written."""
 
     step: int
     folder: Path
-    seconds: float  # from the hand-over to the rename
-    not_deleted: str | None = None  # why an older one is still there that should not be
+    seconds: float  # from `begin` to the rename
+    not_deleted: str | None = None  # why an older checkpoint could not be deleted
 
 
 class Writer:
-    """What one rank writes, one checkpoint at a time."""
+    """Writes one rank's part of checkpoints, one checkpoint at a time."""
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ class Writer:
         keep: int,
         progress: Callable[[], None] = lambda: None,
     ):
-        """Nothing is written yet.
+        """Write nothing yet.
 
         Args:
-            token: the same on all ranks of this start of the run, and of no other start.
-            keep: how many checkpoints stay, the newest included; at least 1.
-            progress: called, by the thread, after each piece that is written.
+            token: identifies this start of the run; the same on all ranks.
+            keep: number of checkpoints to keep, the newest included; at least 1.
+            progress: called, in the thread, after each piece that is written.
         """
         assert keep >= 1, "the checkpoint just written cannot be deleted"
         self._root, self._rank, self._ranks, self._token, self._keep = root, rank, ranks, token, keep
@@ -77,22 +77,22 @@ class Writer:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank's thread is still at work; rank 0's is until the checkpoint is whole."""
+        """Whether this rank's thread is still writing; on rank 0, until the checkpoint is whole."""
         return self._job is not None and not self._job.done()
 
     @property
     def failed(self) -> bool:
-        """Whether what was begun last came to nothing on this rank; `finish` says why."""
+        """Whether the last write failed on this rank; `finish` raises the error."""
         return self._job is not None and self._job.done() and self._job.exception() is not None
 
     def begin(
         self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], *, spare: Collection[int] = ()
     ) -> None:
-        """Start to write `ROOT/step-STEP` and return; every rank calls it. A checkpoint of the same step is replaced.
+        """Start writing `ROOT/step-STEP` in the background, on every rank; a checkpoint of the same step is replaced.
 
         Args:
-            tensors: what this rank answers for, in host memory; nobody may change them. No name comes from two ranks.
-            state: anything JSON can hold; rank 0's is kept.
+            tensors: this rank's tensors, in host memory; they must not be modified. Names are unique over all ranks.
+            state: JSON values; rank 0's are stored.
             spare: steps whose checkpoints are not deleted, however old.
         """
         assert not self.busy, "one checkpoint at a time"
@@ -100,12 +100,12 @@ class Writer:
         self._job = self._thread.submit(self._write, step, tensors, described, frozenset(spare))
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait for this rank's thread, at most so long."""
+        """Wait for this rank's thread, at most `seconds`; None: without limit."""
         if self._job is not None:
             wait([self._job], seconds)
 
     def finish(self) -> Written | None:
-        """What became of the last write, once; None before it has ended, and on all ranks but 0.
+        """The result of the last write, returned once; None while it is running, and on all ranks but 0.
 
         Raises:
             CheckpointError: the disk refused, a tensor is not finite, or a rank's part did not arrive.
@@ -116,11 +116,11 @@ class Writer:
         return job.result()
 
     def abandon(self) -> None:
-        """Wait no longer for what other ranks write: it can no longer become whole."""
+        """Stop waiting for other ranks; the checkpoint being written can no longer become whole."""
         self._abandoned.set()
 
     def close(self) -> None:
-        """End the thread: what it writes is finished, but for parts of other ranks it waits only seconds."""
+        """Finish this rank's part and end the thread; other ranks are awaited for `SECONDS_FOR_OTHERS` only."""
         if not self._abandoned.is_set():
             self.wait(SECONDS_FOR_OTHERS)
         self.abandon()
@@ -152,7 +152,7 @@ class Writer:
         return Written(step, final, time.perf_counter() - began, not_deleted)
 
     def _drop(self, partial: Path) -> None:
-        """Remove what can no longer become a checkpoint; rank 0 ends last, and a full disk needs the space."""
+        """Remove a failed checkpoint on rank 0, which ends last; a full disk needs the space."""
         if self._rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -174,7 +174,7 @@ class Writer:
 
 
 def _before(root: Path, step: int) -> str:
-    """What a run can still go on from, when the checkpoint of this step came to nothing."""
+    """A clause on what a run can resume from after the checkpoint of `step` failed."""
     whole = [path for path in root.glob("step-*") if STEP.fullmatch(path.name) and (path / MANIFEST).exists()]
     older = [path for path in whole if step_of(path) < step]
     return "the checkpoints before it were not touched" if older else "there is no checkpoint before it"
@@ -187,8 +187,8 @@ def _write_part(partial: Path, rank: int, tensors: dict[str, Tensor], progress: 
     path = partial / f"part-{rank:05d}.safetensors"
     size, sha256 = write_part(path, tensors, progress)
     part = {"file": path.name, "bytes": size, "sha256": sha256, "tensors": len(tensors)}
-    # Renamed into place, and nothing after that: as soon as rank 0 sees the last one, it waits for the disk, and this
-    # folder has another name.
+    # The rename must come last: as soon as rank 0 sees the last description, it writes the manifest and renames the
+    # folder.
     described = _description(partial, rank)
     beside = described.with_name(f"{described.name}.new")
     beside.write_text(json.dumps(part, indent=2) + "\n", encoding="utf-8")
@@ -220,7 +220,7 @@ def _commit(partial: Path, final: Path, step: int, ranks: int, described: str) -
 
 
 def _prune(root: Path, step: int, keep: int, spare: Collection[int]) -> str | None:
-    """Delete older checkpoints; say why one could not be, since the new one is whole all the same."""
+    """Delete surplus checkpoints; returns why one could not be deleted, which is not an error of the new one."""
     kept: list[str] = []
     try:
         found = {step_of(path): path for path in root.iterdir() if STEP.fullmatch(path.name)}
@@ -238,12 +238,12 @@ def _prune(root: Path, step: int, keep: int, spare: Collection[int]) -> str | No
 
 
 def _others(folder: Path) -> list[str]:
-    """Names in a checkpoint that are not of one."""
+    """Names in a checkpoint folder that no run wrote."""
     return sorted(path.name for path in folder.iterdir() if path.name != MANIFEST and not PART.fullmatch(path.name))
 
 
 def _delete(folder: Path) -> None:
-    # Renamed first, so that one deleted halfway is not taken for a checkpoint.
+    # Renamed first, so that a half-deleted folder is not taken for a checkpoint.
     doomed = folder.with_name(folder.name + ".old.tmp")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
@@ -251,5 +251,5 @@ def _delete(folder: Path) -> None:
 
 def _clear(root: Path) -> None:
     for path in root.glob("step-*.tmp"):
-        if LEFTOVER.fullmatch(path.name):  # one that a rank of a killed run still writes into goes the next time
+        if LEFTOVER.fullmatch(path.name):  # a folder that a rank of a killed run still writes to is removed next time
             shutil.rmtree(path, ignore_errors=True)
