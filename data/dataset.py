@@ -1,8 +1,8 @@
-"""Tokenised data on disk: made once from the sources, opened by every rank, never changed.
+"""Tokenised data on disk: built once from the sources, opened by every rank, never modified.
 
-A folder is named after everything that decides its content (bytes of the files, tokenizer, template, settings), so a
-second run opens it and a changed source makes another. It appears whole: built beside, flushed, renamed. Each start
-compares it with its manifest before it is trained on.
+The folder's name is a hash of everything that determines its content (file contents, tokenizer, template, settings), so
+a second run reuses it and a changed source gets another. It is whole or absent: built under a temporary name, flushed,
+then renamed. Each start compares it with its manifest before training on it.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from data.packing import Batch, collate
 from data.sources import DataError, Source, source_files
 from data.tokenizer import Tokenizer
 
-SECONDS_BETWEEN_LOOKS = 1.0  # at what another process makes
+SECONDS_BETWEEN_LOOKS = 1.0  # polling interval for another process's build
 
 
 class Known(NamedTuple):
-    """Which data it is: enough to open it without reading its sources."""
+    """Identifies a tokenised data set, so that it can be opened without reading its sources."""
 
     key: str  # name of its folder
     sha256: str
@@ -39,10 +39,10 @@ class Dataset:
     """Packs of tokenised documents, memory-mapped. `len` is the number of packs."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a folder that `prepare` of some process has made or checked.
+        """Open a folder that `prepare` has built or checked, in any process.
 
         Raises:
-            DataError: it has been changed since.
+            DataError: it has been modified since.
         """
         self.folder = folder
         try:
@@ -65,17 +65,17 @@ class Dataset:
 
     @property
     def known(self) -> Known:
-        """By what another rank finds this data."""
+        """The identity by which another rank opens this data."""
         return Known(self.folder.name, self.sha256)
 
     def documents(self, pack: int) -> list[Document]:
-        """The documents of one pack, in their order."""
+        """The documents of one pack, in order."""
         indices = self._pack_documents[self._pack_offsets[pack] : self._pack_offsets[pack + 1]]
         spans = [(self._offsets[index], self._offsets[index + 1]) for index in indices]
         return [Document(self._tokens[a:b].astype(np.int64), np.array(self._trained[a:b])) for a, b in spans]
 
     def batch(self, packs: Iterable[int], *, at_least: int = 0) -> Batch:
-        """The packs as one batch, filled up to `at_least` with packs of padding."""
+        """The packs as one batch, filled up to `at_least` packs with padding."""
         contents = [self.documents(int(pack)) for pack in packs]
         contents += [[]] * (at_least - len(contents))
         return collate(contents, sequence_tokens=self.sequence_tokens, pad_id=self._pad_id)
@@ -94,21 +94,21 @@ def prepare(
     report: Callable[[str], None] = lambda line: None,
     progress: Callable[[], None] = lambda: None,
 ) -> Dataset:
-    """The data of `sources`, tokenised and packed below `cache`: checked if it is there, else made.
+    """Open the data of `sources`, tokenised and packed, below `cache`; build it if it is missing or damaged.
 
-    Reads every byte of the sources, or of the folder, so one process of a host does it and the others open what it
-    found. Of several that call it at once, one builds and the others wait. A build that was killed is gone on with.
+    Reads every byte of the sources or of the folder, so one process of a host calls it and the others call
+    `open_known`. Of several concurrent calls, one builds and the others wait. An interrupted build is resumed.
 
-    Text is split at `sequence_tokens`; what has turns or a prompt is never cut, so `over_long` decides about it.
+    Text is split at `sequence_tokens`. Rows with turns or a prompt are never split; `over_long` applies to them.
 
     Args:
-        known: which data another host has found; its sources are read here only if they must be tokenised here.
-        report: is told what is done, a line each.
-        progress: called whenever a part of the work is done.
+        known: identity of the data as found on another host; the sources are read only if they must be tokenised here.
+        report: called with each message.
+        progress: called after each part of the work.
 
     Raises:
-        DataError: a source cannot be read, holds bad rows that stop the run, or leaves nothing to train on; or it is
-            not the `known` data.
+        DataError: a source cannot be read, holds bad rows that stop the run, or leaves nothing to train on; or the data
+            differs from `known`.
     """
     cache = Path(cache)
     settings = Settings(sequence_tokens, packing, on_bad_row, over_long)
@@ -136,10 +136,10 @@ def prepare(
 
 
 def open_known(cache: Path, known: Known) -> Dataset:
-    """The data that another process of this host has made or checked.
+    """Open the data that another process of this host has built or checked.
 
     Raises:
-        DataError: it is not there any more.
+        DataError: it no longer exists or has changed.
     """
     dataset = Dataset(cache / known.key)
     if dataset.known != known:
@@ -148,7 +148,7 @@ def open_known(cache: Path, known: Known) -> Dataset:
 
 
 def _fault_of(folder: Path, progress: Callable[[], None]) -> str | None:
-    """What is wrong with the data in a folder: nothing (None), it is not there (""), or a sentence."""
+    """What is wrong with the data in a folder: None (nothing), "" (it does not exist), or a sentence."""
     if not (folder.exists() or folder.is_symlink()):
         return ""
     try:
@@ -159,7 +159,7 @@ def _fault_of(folder: Path, progress: Callable[[], None]) -> str | None:
 
 
 def _make(job: Job, content: "_Content | None") -> None:
-    """Make the data, unless another process has done so; what is there in its place is put aside."""
+    """Build the data unless another process has done so; an invalid folder is renamed or deleted first."""
     fault = _fault_of(job.folder, job.progress)
     if fault is None:
         return
@@ -183,7 +183,7 @@ def _make(job: Job, content: "_Content | None") -> None:
 
 @contextmanager
 def _locked(job: Job) -> Iterator[None]:
-    """Be the one process that makes this data; while another one does and gets on, that is progress here too."""
+    """Hold the lock for building this data; while waiting for another process, report its progress as this one's."""
     lock = FileLock(job.folder.with_name(f"{job.folder.name}.lock"))
     building, seen, is_told = job.folder.with_name(f"{job.folder.name}.tmp"), 0, False
     while not lock.is_locked:
@@ -204,7 +204,7 @@ def _locked(job: Job) -> Iterator[None]:
 
 
 class _Content(NamedTuple):
-    """What decides the tokens: all of it as a hash, and the state of each file when it was read."""
+    """Identity of the sources: a hash of everything that determines the tokens, and each file's state when read."""
 
     key: str
     states: list[tuple[str, int, int]]
@@ -213,7 +213,7 @@ class _Content(NamedTuple):
 def _content(
     sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, progress: Callable[[], None]
 ) -> _Content:
-    """Reads every byte of the sources; the folders that they are in do not count."""
+    """Hash every byte of the sources; file names count, their folders do not."""
     states = _states(sources)
     files = [[source.format, [[p.name, _hash_of(p, progress)] for p in source_files(source)]] for source in sources]
     identity = [CODE_VERSION, files, tokenizer.fingerprint, asdict(settings)]
@@ -221,7 +221,7 @@ def _content(
 
 
 def _states(sources: Sequence[Source]) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of every file of the sources."""
+    """Path, size in bytes and modification time in ns of every file of the sources."""
     found = []
     for path in (path for source in sources for path in source_files(source)):
         try:
@@ -233,7 +233,7 @@ def _states(sources: Sequence[Source]) -> list[tuple[str, int, int]]:
 
 
 def _hash_of(path: Path, progress: Callable[[], None]) -> str:
-    """The hash of a file in the form that names of folders and checkpoints have always been made of."""
+    """The sha256 of the file's sha256 digest, the form used in names of folders and in checkpoints."""
     try:
         return hashlib.sha256(bytes.fromhex(sha256_of(path, progress))).hexdigest()
     except OSError as error:

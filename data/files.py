@@ -1,4 +1,4 @@
-"""Files that are read back as truth: hashed in pieces, and replaced whole."""
+"""Our own files, which are verified when read: hashed in pieces, replaced atomically."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PIECE_BYTES = 16 << 20
-MOST_JSON_BYTES = 64 << 20  # of what we write ourselves, which is far smaller
+MOST_JSON_BYTES = 64 << 20  # of our own JSON files, which are far smaller
 
 
 class FaultError(ValueError):
-    """A file of ours that is not as it was written: says which, and what is wrong with it."""
+    """A file of ours that is damaged or modified; the message names it and what is wrong."""
 
 
 def sha256_of(path: Path, progress: Callable[[], None]) -> str:
@@ -34,7 +34,7 @@ def bytes_of(path: Path) -> int:
     """The size of a regular file in bytes.
 
     Raises:
-        FaultError: there is none, or it is something else, such as a FIFO, whose opening would never return.
+        FaultError: no such file, or not a regular file, such as a FIFO, which would block when opened.
     """
     try:
         found = path.stat()
@@ -48,7 +48,7 @@ def bytes_of(path: Path) -> int:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Put `values` at `path`, whole and with their own hash, and wait until they are on the disk."""
+    """Write `values` to `path` atomically, with a hash of their own, and flush them to the disk."""
     beside = path.with_name(f"{path.name}.new")
     with beside.open("wb") as file:
         file.write(json.dumps({**values, "values_sha256": _hash_of(values)}, indent=2).encode() + b"\n")
@@ -58,10 +58,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The values that `write_json` put there.
+    """The values that `write_json` wrote.
 
     Raises:
-        FaultError: it is missing, cannot be read, or does not hold what was written.
+        FaultError: the file is missing, cannot be read, or was modified.
     """
     if bytes_of(path) > MOST_JSON_BYTES:
         raise FaultError(f"{path}: is too large to be a file of ours")
@@ -79,13 +79,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def flush(file: BinaryIO) -> None:
-    """Wait until what was written is on the disk."""
+    """Flush a file's contents to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

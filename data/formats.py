@@ -1,4 +1,4 @@
-"""The columns of a row, in any format in use, as what training needs: a conversation, a completion or a text."""
+"""Conversion of a row, in any common format, to a conversation, a completion or a text."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,21 +14,21 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conversation:
-    """OpenAI messages, the arguments of tool calls as objects."""
+    """Messages in OpenAI's format, with the arguments of tool calls as objects."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     first_trained: int = 0
 
     def trained(self, index: int) -> bool:
-        """Whether message `index` is learned: an assistant turn, not given as prompt, not of weight 0."""
+        """Whether message `index` is supervised: an assistant turn, not part of the prompt, not of weight 0."""
         message = self.messages[index]
         return index >= self.first_trained and message["role"] == "assistant" and message.get("weight") != 0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Text that goes on after a given text: only `completion` is trained. No chat template is involved."""
+    """A prompt and its continuation, without a chat template: only `completion` is supervised."""
 
     prompt: str
     completion: str
@@ -36,14 +36,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """A text that is trained on as a whole."""
+    """A text, supervised as a whole."""
 
     text: str
 
 
 Content = Conversation | Completion | Text
 TEXT_COLUMNS = ("text", "content", "code")
-# What other formats call the four roles.
+# Role names of other formats.
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
     **{"human": "user", "developer": "system", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"},
@@ -54,14 +54,14 @@ CALL_ROLES = ("function_call", "tool_call")
 
 
 def size_of(content: Content) -> int:
-    """How many characters a row holds."""
+    """The number of characters in a row."""
     if isinstance(content, Conversation):
         return sum(map(len, strings([content.messages, content.tools])))
     return len(content.text) if isinstance(content, Text) else len(content.prompt) + len(content.completion)
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in a value, keys included."""
+    """Every string in a value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -72,14 +72,14 @@ def strings(value: Any) -> Iterator[str]:
 def read_contents(
     sources: Iterable[Source], bad_rows: BadRows, *, skip: int = 0, progress: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[str, Content]]:
-    """The rows of all sources with their places; those that cannot be used go to `bad_rows`.
+    """The usable rows of all sources, each with its place; the others are added to `bad_rows`.
 
     Args:
-        skip: this many rows, usable or not, are read but passed over.
+        skip: number of rows, usable or not, to skip at the start.
         progress: called for every row.
 
     Raises:
-        DataError: a source or a file cannot be read, or there were bad rows and the policy is to stop.
+        DataError: a source or a file cannot be read, or a bad row stops the run.
     """
     for source in sources:
         for path in source_files(source):
@@ -100,10 +100,10 @@ def read_contents(
 
 
 def read_columns(columns: dict[str, Any], kind: Format = "auto") -> Content:
-    """What one row says.
+    """Convert the columns of one row.
 
     Raises:
-        RowError: the columns are not those of the format, or what they hold is not what it needs.
+        RowError: the columns do not match the format, or their values are invalid.
     """
     if kind == "auto":
         kind = _recognise(columns)
@@ -181,7 +181,7 @@ def _conversation(turns: list[Any], columns: dict[str, Any], name: str, first_tr
 
 
 def _refuse_not_finite(value: Any, name: str) -> None:
-    """NaN is read, since an unused column may hold it, but never rendered: the model would learn to write it."""
+    """Reject NaN and infinity in rendered values, which the model would learn; unused columns may hold them."""
     waiting = [value]
     while waiting:
         inner = waiting.pop()
@@ -192,7 +192,7 @@ def _refuse_not_finite(value: Any, name: str) -> None:
 
 
 def _message(turn: Any, name: str) -> Message:
-    """One message with the role and content that templates know; nulls dropped, other keys kept."""
+    """One message with the keys `role` and `content` that templates use; nulls are dropped, other keys kept."""
     if not isinstance(turn, dict):
         raise RowError("bad message", f"{name}: expected an object with role and content")
     message = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
@@ -244,7 +244,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 
 
 def _parsed(value: Any, name: str) -> Any:
-    """`value`, or what it holds where it is JSON written into a string."""
+    """`value`, decoded if it is a string of JSON."""
     if not isinstance(value, str):
         return value
     try:

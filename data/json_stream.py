@@ -1,4 +1,4 @@
-"""Lines and JSON values of a file, one at a time and each of bounded size, so that no file can fill the memory."""
+"""Iteration over the lines or JSON values of a file, each of bounded size, so that no file can exhaust the memory."""
 
 import codecs
 import json
@@ -10,19 +10,19 @@ from monitoring.json_file import STRICT_DECODER, TOO_DEEP, FormError, is_deep
 
 MOST_ROW_BYTES = 64 << 20
 TOO_LONG = f"longer than {MOST_ROW_BYTES >> 20} MiB, the most that one row may have; split it"
-_MOST_SKIPPED_BYTES = 1 << 30  # of one line; a gzip file of 1 MB may hold that much
+_MOST_SKIPPED_BYTES = 1 << 30  # of one line; a gzip file of 1 MB can expand to that much
 _MOST_BLANK_LINES = 1_000_000
 _CHUNK_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
-# `raw_decode` reports the start of what it cannot finish: at most so far before the end of the text.
+# `raw_decode` reports the start of an incomplete literal, at most this far before the end of the text.
 _LONGEST_LITERAL = 512
 
 
 def bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """The lines of a file that are not blank, with their numbers; None in place of one above `MOST_ROW_BYTES`.
+    """The non-blank lines of a file with their numbers; a line above `MOST_ROW_BYTES` is returned as None.
 
     Raises:
-        FormError: the file has no end of line for a gigabyte, or a million blank lines.
+        FormError: a line exceeds one GiB, or there are more than a million blank lines.
     """
     number = blank = 0
     while line := file.readline(MOST_ROW_BYTES + 1):
@@ -50,10 +50,10 @@ def _skip_line(file: IO[bytes], number: int) -> None:
 
 
 def json_values(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    """The values in a list, or those that follow one another, each with the line where it begins.
+    """The values of a list, or a sequence of values, each with the line on which it starts.
 
     Raises:
-        FormError: a value is not JSON, or above `MOST_ROW_BYTES`.
+        FormError: a value is not JSON, or exceeds `MOST_ROW_BYTES`.
     """
     window = _Window(file)
     in_list = window.next_character() == "["
@@ -71,7 +71,7 @@ def json_values(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 class _Window:
-    """The part of a text that is being parsed; what lies before is let go, what lies behind is read when needed."""
+    """The part of a text that is being parsed: parsed text is discarded, further text is read on demand."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -79,11 +79,11 @@ class _Window:
         self._text = ""
         self.position = 0
         self._line, self._counted = 1, 0
-        self._line_start = 0  # of the current line, relative to the text
+        self._line_start = 0  # start of the current line, relative to `_text`
         self._ended = False
 
     def next_character(self) -> str:
-        """The next one that is no space, which is not taken; "" at the end."""
+        """The next character that is not white space, without consuming it; "" at the end."""
         while True:
             found = _SPACE.match(self._text, self.position)
             assert found is not None
@@ -94,7 +94,7 @@ class _Window:
                 return ""
 
     def value(self) -> tuple[int, Any]:
-        """The value that begins here, and its line."""
+        """Parse the value at the current position; returns its line and the value."""
         while True:
             try:
                 value, end = STRICT_DECODER.raw_decode(self._text, self.position)
@@ -108,7 +108,7 @@ class _Window:
                 raise self.fault(TOO_DEEP) from None
             except FormError as error:
                 raise self.fault(str(error)) from None
-            # A number may go on in what is not read yet.
+            # A number may continue in the part that has not been read yet.
             if end == len(self._text) and self._text[end - 1] not in '}]"' and self._more():
                 continue
             if is_deep(value):
@@ -118,13 +118,13 @@ class _Window:
             return line, value
 
     def fault(self, what: str, at: int | None = None) -> FormError:
-        """The error that says what is wrong, with the line and column of a position."""
+        """A FormError with the line and column of a position."""
         at = self.position if at is None else at
         line = self._count(at)
         return FormError(what, line, at - self._line_start + 1)
 
     def _count(self, position: int) -> int:
-        """The line of a position; positions are asked for in ascending order."""
+        """The line of a position; positions must be queried in ascending order."""
         newlines = self._text.count("\n", self._counted, position)
         if newlines:
             self._line += newlines
@@ -133,7 +133,7 @@ class _Window:
         return self._line
 
     def _more(self) -> bool:
-        """Read on: as much again as is kept, so that a value is parsed a few times at most. False at the end."""
+        """Read as much again as is held, so that a value is parsed only a few times; returns False at the end."""
         if self._ended:
             return False
         if len(self._text) - self.position > MOST_ROW_BYTES:

@@ -1,4 +1,4 @@
-"""Which packs come when: a pure function of (seed, epoch, position), the same for every number of ranks."""
+"""The order of packs: a pure function of (seed, epoch, position), the same for every number of ranks."""
 
 from collections.abc import Mapping, Sequence
 from typing import overload
@@ -10,20 +10,20 @@ from data.dataset import Dataset
 from data.packing import Batch
 from data.sources import DataError
 
-# The epoch whose order no training reaches: the probe is drawn from it.
+# An epoch that no training reaches; the probe is drawn from its order.
 PROBE_EPOCH = 2**63
 
 
 def epoch_order(packs: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of all packs in one epoch."""
+    """A permutation of all packs for one epoch."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(packs)
 
 
 class Loader:
-    """One rank's share of every optimizer step, forever; an epoch that ends inside a step goes on into the next.
+    """An endless iterator over one rank's part of every optimizer step; a step may span two epochs.
 
-    The packs of a step, in order, are dealt micro-batch by micro-batch over the ranks, so that the step as a whole
-    depends on `ranks x micro_batches_per_step x packs_per_micro_batch` alone.
+    The packs of a step are assigned, in order, to micro-batches and within each to ranks, so the step as a whole
+    depends only on `ranks x micro_batches_per_step x packs_per_micro_batch`.
     """
 
     def __init__(
@@ -44,23 +44,23 @@ class Loader:
         self._epoch = 0
         self._cursor = 0
         self._order = epoch_order(len(dataset), seed=seed, epoch=0)
-        # Which packs the step given last holds: (micro-batches, ranks, packs of a micro-batch).
+        # Packs of the last step: (micro-batches, ranks, packs of a micro-batch).
         self.packs: NDArray[np.int64] = np.empty((0, ranks, packs_per_micro_batch), np.int64)
 
     def next_step(self) -> list[Batch]:
-        """The rank's micro-batches of the next optimizer step."""
+        """The micro-batches of this rank in the next optimizer step."""
         self.packs = self._take(int(np.prod(self._shape))).reshape(self._shape)
         return [self._dataset.batch(packs) for packs in self.packs[:, self._rank]]
 
     def state(self) -> dict[str, int | str]:
-        """Where the data stands: the same on every rank, and valid at any other number of ranks."""
+        """The position in the data; the same on every rank, and valid for any number of ranks."""
         return {"data": self._dataset.sha256, "seed": self._seed, "epoch": self._epoch, "cursor": self._cursor}
 
     def restore(self, state: Mapping[str, int | str]) -> None:
-        """Goes on from `state`: the next step is the one that followed it.
+        """Continue from `state`: the next step is the one that followed it.
 
         Raises:
-            DataError: the state belongs to other data or to another order of it.
+            DataError: the state belongs to other data or another seed.
         """
         for name, mine, change in (
             ("data", self._dataset.sha256, "data, tokenizer, train.sequence_tokens or packing changed"),
@@ -88,9 +88,9 @@ class Loader:
 
 
 class EvaluationBatches(Sequence[Batch]):
-    """The rank's share of all packs once, in order: equally many batches on every rank, the last ones padded.
+    """One rank's part of a single pass over all packs: the same number of batches on every rank, the last ones padded.
 
-    Micro-batches are dealt over the ranks one by one. Each is read from the data when it is asked for.
+    Micro-batches are assigned to the ranks in turn, and read on access.
     """
 
     def __init__(self, dataset: Dataset, *, packs_per_micro_batch: int, rank: int, ranks: int) -> None:
@@ -112,5 +112,5 @@ class EvaluationBatches(Sequence[Batch]):
 
 
 def probe_batch(dataset: Dataset, *, packs: int, seed: int) -> Batch:
-    """The same few packs in every run and on every rank, to compare models on; fewer if the data has fewer."""
+    """A fixed sample of packs for comparing models, the same on every rank; smaller if the data has fewer packs."""
     return dataset.batch(epoch_order(len(dataset), seed=seed, epoch=PROBE_EPOCH)[:packs])

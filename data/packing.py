@@ -1,4 +1,4 @@
-"""Documents laid into packs of one fixed length, and packs stacked into the batch that the model reads."""
+"""Packing of documents into sequences of a fixed length, and collation of packs into the model's input."""
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ PADDING = -1
 
 
 class Batch(NamedTuple):
-    """What the model reads: (packs, tokens) each, int64.
+    """The model's input: three int64 tensors of shape (packs, tokens).
 
-    `labels[b, t]` is the token that position t must predict (already shifted), or -100. `segment_ids` counts the
-    documents of a pack from 0; -1 is padding, always at the end of the pack.
+    `labels[b, t]` is the token to predict at position t (already shifted), or -100. `segment_ids` numbers the documents
+    of a pack from 0; -1 is padding, always at the end of the pack.
     """
 
     input_ids: Tensor
@@ -30,15 +30,20 @@ class Batch(NamedTuple):
 def best_fit(
     lengths: Sequence[int] | NDArray[np.int64], capacity: int, progress: Callable[[], None] = lambda: None
 ) -> list[list[int]]:
-    """Best fit decreasing: the documents of each pack, by index. Every document goes where it leaves least free.
+    """Best fit decreasing: each document goes into the pack that it leaves with the least free space.
 
-    Longest first, equal lengths in their order; of equally good packs the youngest. O(n log capacity).
+    Documents are taken longest first, equal lengths in their order; of equally good packs the newest is filled.
+    O(n log capacity) for n documents.
 
     Args:
+        lengths: tokens of each document, at most `capacity`.
         progress: called for every document.
+
+    Returns:
+        The document indices of each pack.
     """
     packs: list[list[int]] = []
-    by_free: dict[int, list[int]] = {}  # free tokens -> packs that have so many, oldest first
+    by_free: dict[int, list[int]] = {}  # free tokens -> packs with that much space, oldest first
     free_sizes: list[int] = []  # the keys of by_free, ascending
     for index in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
         progress()
@@ -64,21 +69,21 @@ def best_fit(
 
 
 def split_long(document: Document, capacity: int) -> list[Document]:
-    """Pieces of at most `capacity` tokens, each a document of its own.
+    """Split a document into documents of at most `capacity` tokens.
 
-    A piece begins with the last token of the one before, so that every token but the first is predicted exactly once.
+    Each starts with the last token of the previous one, so every token but the first is predicted exactly once.
     """
     starts = range(0, max(len(document.ids) - 1, 1), capacity - 1)
     return [Document(document.ids[s : s + capacity], document.trained[s : s + capacity]) for s in starts]
 
 
 def supervised_tokens(document: Document) -> int:
-    """Tokens of a document that have a label: the trained ones, but the first has nothing before it."""
+    """The number of tokens with a label: trained ones, without the first token, which has no context."""
     return int(document.trained[1:].sum())
 
 
 def collate(packs: Sequence[Sequence[Document]], *, sequence_tokens: int, pad_id: int) -> Batch:
-    """The packs as one batch. A pack without documents is all padding."""
+    """Collate packs into one batch. A pack without documents is all padding."""
     ids = np.full((len(packs), sequence_tokens), pad_id, np.int64)
     labels = np.full((len(packs), sequence_tokens), NO_LABEL, np.int64)
     segments = np.full((len(packs), sequence_tokens), PADDING, np.int64)

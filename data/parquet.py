@@ -1,4 +1,4 @@
-"""The rows of a parquet file as they were before parquet gave all of them one schema."""
+"""Rows of a parquet file, without the nulls that its common schema adds."""
 
 import json
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ ROWS_AT_ONCE = 1024
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The rows of one file, JSON columns decoded; None in place of one above `MOST_ROW_BYTES`.
+    """The rows of one file with JSON columns decoded; a row above `MOST_ROW_BYTES` is returned as None.
 
     Raises:
-        ValueError: not a parquet file, or a column of a type that has no counterpart in Python.
+        ValueError: not a parquet file, or a column type without a counterpart in Python.
     """
     open_regular(path).close()
     try:
@@ -28,7 +28,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any] | None]:
             for group in range(file.num_row_groups):
                 described = file.metadata.row_group(group)
                 if described.num_rows == 1 and described.total_byte_size > MOST_ROW_BYTES:
-                    yield None  # a page is read as a whole, and takes three times its bytes
+                    yield None  # a page is read as a whole, and needs three times its size
                     continue
                 for batch in file.iter_batches(_rows_at_once(file, group), row_groups=[group]):
                     whole = batch.nbytes <= MOST_ROW_BYTES
@@ -43,17 +43,17 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def _rows_at_once(file: ParquetFile, group: int) -> int:
-    """As many rows as are read into `MOST_ROW_BYTES` if all of the group are alike."""
+    """The number of rows that fit into `MOST_ROW_BYTES` if all rows of the group have the mean size."""
     described = file.metadata.row_group(group)
     row_bytes = max(1, described.total_byte_size // max(1, described.num_rows))
     return max(1, min(ROWS_AT_ONCE, MOST_ROW_BYTES // row_bytes))
 
 
 def _as_written(value: Any, feature: Any) -> Any:
-    """`value` without what its column type added to it.
+    """`value` without additions by its column type.
 
-    A struct has the fields of all rows, null where a row had none; a JSON column has its values written as text, and
-    nulls in there are the author's own.
+    A struct has the fields of all rows, null where a row had none: these nulls are dropped. A JSON column stores values
+    as text, and its nulls were in the source: they are kept.
     """
     if isinstance(feature, Json):
         return json.loads(value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""The data as the model sees it, for people: one line about a dataset, and single packs written out."""
+"""Display of data as the model sees it: one line about a dataset, and the text of single packs."""
 
 from collections.abc import Iterator
 
@@ -9,12 +9,12 @@ from data.dataset import Dataset
 from data.packing import supervised_tokens
 from data.tokenizer import Tokenizer
 
-# Trained text is also marked in characters, because colour does not survive a pipe.
+# Supervised text is marked by characters as well, since a pipe loses the colour.
 TRAINED_START, TRAINED_END = "⟦", "⟧"
 
 
 def describe(dataset: Dataset) -> str:
-    """One line: rows, documents, packs, how full they are, what is trained and what was dropped."""
+    """One line: rows, documents, packs and their fill, share of supervised tokens, dropped rows."""
     facts = dataset.manifest
     line = (
         f"{facts['rows']:,} rows, {facts['documents']:,} documents in {facts['packs']:,} packs of "
@@ -30,13 +30,13 @@ def describe(dataset: Dataset) -> str:
 
 
 def amounts(dataset: Dataset) -> dict[str, int]:
-    """How much a dataset holds, for the records of a run."""
+    """The size of a dataset, for a run's records."""
     names = ("rows", "documents", "packs", "tokens", "supervised_tokens", "sequence_tokens")
     return {name: int(dataset.manifest[name]) for name in names}
 
 
 def show_pack(dataset: Dataset, tokenizer: Tokenizer, pack: int) -> Iterator[Text]:
-    """One pack for `rich`: a heading for it and for each document, and the text with what is trained marked."""
+    """One pack for `rich`: a heading for it and for each document, and the text with supervised parts marked."""
     documents = dataset.documents(pack)
     used = sum(len(document.ids) for document in documents)
     padding = dataset.sequence_tokens - used
@@ -49,11 +49,11 @@ def show_pack(dataset: Dataset, tokenizer: Tokenizer, pack: int) -> Iterator[Tex
 
 
 def show_document(document: Document, tokenizer: Tokenizer) -> Text:
-    """The text of a document, trained runs green and in ⟦ ⟧, control tokens reversed."""
+    """The text of a document: supervised runs green and in ⟦ ⟧, control tokens reversed."""
     controls = set(tokenizer.control_ids.values())
     text = Text()
     ids, trained = document.ids.tolist(), document.trained.tolist()
-    trained[0] = False  # the first token has nothing before it that could predict it
+    trained[0] = False  # the first token has no context to be predicted from
     start = 0
     while start < len(ids):
         is_trained = trained[start]
@@ -68,7 +68,7 @@ def show_document(document: Document, tokenizer: Tokenizer) -> Text:
 
 
 def _runs(ids: list[int], controls: set[int]) -> Iterator[tuple[list[int], bool]]:
-    """`ids` in stretches that are decoded together: each control token by itself, the text between them as a whole."""
+    """`ids` in runs that are decoded together: each control token alone, the text between them as a whole."""
     run: list[int] = []
     for token in ids:
         if token in controls:

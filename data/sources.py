@@ -1,7 +1,7 @@
-"""Where training rows come from: the files of a source, and their rows one by one, each with its place.
+"""The files of a data source, and their rows one by one, each with its place.
 
-Rows are read line by line by our own reader, because a mistake must be reported with its file, line and column, and
-because a library that guesses one schema for all rows invents nulls in the others.
+Rows are read by our own reader: an error must name file, line and column, and a library that infers one schema for all
+rows adds nulls to them.
 """
 
 import glob
@@ -23,16 +23,16 @@ from monitoring.json_file import FileError, FormError, kind_of, load_text, open_
 Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"]
 REPORTED_ROWS = 10
 LONGEST_DETAIL = 500  # characters
-# After a bad row, this many more are looked at for others to report with it.
+# After the first bad row, at most this many rows are searched for more of them to report.
 LOOK_AHEAD_ROWS = 100_000
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on: says where it is, what is wrong and what to do."""
+    """Data that cannot be trained on; the message says where it is, what is wrong and what to do."""
 
 
 class RowError(DataError):
-    """One row that cannot be trained on. `reason` is the short name under which it is counted."""
+    """One row that cannot be trained on. `reason` is the short name by which such rows are counted."""
 
     def __init__(self, reason: str, detail: str, place: str = "") -> None:
         detail = " ".join(detail.split("\n"))  # it may quote the row
@@ -54,32 +54,32 @@ class Source:
 
 
 class RawRow(NamedTuple):
-    """The columns of one row as the file has them, and its place: `file:line`."""
+    """The columns of one row as in the file, and its place, `file:line`."""
 
     place: str
     columns: dict[str, Any]
 
 
 class BadRows:
-    """What to do about rows that cannot be used, and how many there were for each reason."""
+    """Counts unusable rows by reason, and stops the run where the policy says so."""
 
     def __init__(self, policy: Literal["stop", "skip"]) -> None:
         self.counts: Counter[str] = Counter()
         self._policy = policy
         self._fatal: list[str] = []
         self._rows_since = 0
-        self.rows_seen = 0  # of the sources, usable or not
+        self.rows_seen = 0  # from the sources, usable or not
 
     @property
     def stopping(self) -> bool:
-        """Whether the run will stop, so that only further mistakes are of interest."""
+        """Whether the run will stop; the search then only continues to report more errors."""
         return bool(self._fatal)
 
     def add(self, error: RowError, *, stops: bool | None = None) -> None:
-        """Counts a row. `stops` decides about it in place of the policy.
+        """Count an unusable row. `stops`, if not None, overrides the policy.
 
         Raises:
-            DataError: enough rows that stop the run are collected to report.
+            DataError: `REPORTED_ROWS` rows that stop the run have been collected.
         """
         self.counts[error.reason] += 1
         if self._policy == "stop" if stops is None else stops:
@@ -88,17 +88,17 @@ class BadRows:
             self.stop_if_any()
 
     def looked_at_a_row(self) -> None:
-        """Counts a row of the sources, and ends the search for further mistakes once it has been long enough."""
+        """Count a row of the sources; after `LOOK_AHEAD_ROWS` without end, stop the search for further bad rows."""
         self.rows_seen += 1
         self._rows_since += self.stopping
         if self._rows_since > LOOK_AHEAD_ROWS:
             self.stop_if_any()
 
     def stop_if_any(self) -> None:
-        """Lists the first bad rows, if there were any that stop the run.
+        """Stop the run if any row requires it.
 
         Raises:
-            DataError: there were.
+            DataError: lists the first bad rows.
         """
         if self._fatal:
             remedy = "correct these rows, or set data.on_bad_row: skip to train without them"
@@ -106,10 +106,10 @@ class BadRows:
 
 
 def source_files(source: Source) -> list[Path]:
-    """The files of a source in a fixed order. None is passed over silently, hidden ones excepted.
+    """The files of a source in a fixed order. Hidden files are ignored. Any other file that cannot be read is an error.
 
     Raises:
-        DataError: there are none, one cannot be read in this format, or rows and other files are mixed.
+        DataError: no files, a file that cannot be read in this format, or a mixture of row files and other files.
     """
     path = Path(source.path).expanduser()
     files: list[Path] | None = None
@@ -122,7 +122,7 @@ def source_files(source: Source) -> list[Path]:
             files = sorted(set(matches(str(path))))
     except SearchError as error:
         raise DataError(f"{error}; correct the path in data.train or data.eval") from None
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+    except (OSError, ValueError) as error:  # a name that is too long or contains NUL
         raise DataError(f"{str(path)[:200]}: is no path ({reason(error)}); correct it") from None
     if files is None:
         raise DataError(f"{path}: no such file or folder; correct the path in data.train or data.eval")
@@ -135,7 +135,7 @@ def source_files(source: Source) -> list[Path]:
 
 
 def read_rows(path: Path) -> Iterator[RawRow | RowError]:
-    """The rows of one file; a row that is not an object comes as the error that says so.
+    """The rows of one file; a row that is not an object is returned as a RowError.
 
     Raises:
         DataError: the file as a whole is damaged.
@@ -184,7 +184,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _read_json(path: Path) -> Iterator[RawRow | RowError]:
-    """One list of rows, or rows after one another, each over as many lines as it likes."""
+    """A list of rows, or rows one after another; a row may span several lines."""
     with _opened(path) as file:
         for line, row in json_values(file):
             yield _object(f"{path}:{line}", row)
@@ -261,7 +261,7 @@ READERS: dict[str, Callable[[Path], Iterator[RawRow | RowError]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
-# Containers of rows, archives and arrays: reading their bytes as text would train on noise.
+# Row containers, archives and arrays: their bytes, read as text, would be noise.
 UNREADABLE = {
     *(".csv", ".tsv", ".arrow", ".feather", ".xlsx", ".sqlite", ".pkl", ".bin", ".safetensors", ".npy", ".npz"),
     *(".pt", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"),

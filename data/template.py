@@ -1,8 +1,8 @@
-"""A chat template, compiled as transformers compiles it, and where in its text the trained turns begin and end.
+"""A chat template, compiled as in transformers, and the boundaries of supervised turns in its output.
 
-The template is rendered for the whole conversation; an assistant turn is what its rendering adds to the rendering of
-the messages before it with the generation prompt, which is exactly what the model is asked to write at inference.
-Nothing here bounds what a template computes: `data/template_process.py` does.
+The template is rendered for the whole conversation. An assistant turn is the text that it adds to the rendering of the
+preceding messages with the generation prompt, which is exactly what the model must write at inference. Time and memory
+of a template are limited in `data/template_process.py`.
 """
 
 import json
@@ -20,7 +20,7 @@ from data.sources import DataError, RowError
 
 PRIVATE_USE = range(0xE000, 0xF900)
 THINKING = ("<think>", "</think>")
-# What a template can raise beside jinja's own errors, by its arithmetic, its calls or the code that it is compiled to.
+# What a template can raise besides jinja's own errors: from arithmetic, calls or its compiled code.
 FAULTS = (
     *(jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError),
     *(AssertionError, SyntaxError, MemoryError, OSError),
@@ -28,7 +28,7 @@ FAULTS = (
 
 
 class Piece(NamedTuple):
-    """A stretch of a document: plain text, or one control token."""
+    """A part of a document: plain text, or one control token."""
 
     text: str
     is_control: bool
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 
 
 class TemplateText(NamedTuple):
-    """What a checkpoint says about its chat template."""
+    """A checkpoint's chat template with its variables, control tokens and place."""
 
     source: str
     variables: Mapping[str, str]
@@ -45,7 +45,7 @@ class TemplateText(NamedTuple):
 
 
 class Template:
-    """A checkpoint's chat template, compiled as transformers compiles it."""
+    """A checkpoint's chat template, compiled as in transformers."""
 
     def __init__(self, text: TemplateText) -> None:
         self._source, self._variables = text.source, text.variables
@@ -58,10 +58,10 @@ class Template:
             raise DataError(f"{text.place}: chat template{line}: {described(error)}") from None
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, *, prompt: bool) -> str:
-        """The text of `messages`, with the start of an assistant turn after it if `prompt`.
+        """The text of `messages`, followed by the start of an assistant turn if `prompt`.
 
         Raises:
-            RowError: the template refuses these messages.
+            RowError: the template rejects these messages.
         """
         variables = {**self._variables, "messages": messages, "tools": tools, "documents": None}
         try:
@@ -70,10 +70,11 @@ class Template:
             raise RowError("chat template", f"the chat template refuses this row ({described(error)})") from None
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
-        """The rendered conversation, cut at control tokens and at the borders of trained turns.
+        """The rendered conversation, split at control tokens and at the boundaries of supervised turns.
 
         Raises:
-            RowError: the template refuses the row or rewrites earlier turns, so that no mask is right.
+            RowError: the template rejects the row, or renders earlier turns differently later, so that no mask is
+                correct.
         """
         mark = self._unused_character(conversation)
         messages = [self._escape(message, mark, message["role"] == "assistant") for message in conversation.messages]
@@ -89,7 +90,7 @@ class Template:
         return pieces + self._cut(whole[position:], mark, is_trained=False)
 
     def _turn(self, messages: list[Message], tools: Any, index: int, whole: str) -> tuple[int, int]:
-        """Where the tokens that the model writes in turn `index` begin and end in `whole`."""
+        """Start and end in `whole` of the text that the model writes in turn `index`."""
         if index == 0:
             raise RowError("bad message", "messages[0]: the assistant speaks first; a turn needs something to answer")
         before = self.render(messages[:index], tools, prompt=True)
@@ -100,7 +101,7 @@ class Template:
                 f"messages[{index}]: the chat template renders the turns up to here differently once others follow, "
                 "so no single mask is right; split the conversation so that this turn is the last",
             )
-        # What follows the control token that ends the turn is written by the template, never by the model.
+        # Text after the control token that ends the turn is written by the template, never by the model.
         ends = [found.end() for found in self._control.finditer(after, len(before))]
         if not ends or after[ends[-1] :].strip():
             raise RowError(
@@ -121,9 +122,9 @@ class Template:
         return found
 
     def _escape(self, value: Any, mark: str, is_assistant: bool) -> Any:
-        """`value` with `mark` inside every control token written in its strings: those are text, not turn borders.
+        """Insert `mark` into every control token within strings of `value`, so that it is treated as text.
 
-        The one exception is an assistant's own <think> block where the template knows about thinking.
+        An assistant's own <think> block is excepted if the template handles thinking.
         """
         thinks = is_assistant and all(token in self._source for token in THINKING)
 
@@ -135,7 +136,7 @@ class Template:
 
 
 def described(error: BaseException) -> str:
-    """What an error says, on one line of bounded length."""
+    """An error's message, as one line of bounded length."""
     text = " ".join(str(error)[:1000].split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}..."
 
@@ -151,7 +152,7 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`: some templates mark assistant text so; it renders as its body."""
+    """`{% generation %} ... {% endgeneration %}`, which marks assistant text in some templates; renders its body."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -161,7 +162,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """The settings, filters and globals that templates are written for.
+    """The environment that templates are written for: settings, filters and globals.
 
     Source: `_compile_jinja_template`, transformers 5.23.
     """

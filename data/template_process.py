@@ -1,8 +1,8 @@
-"""Chat templates rendered in a process of its own, because a template is a program that somebody else wrote.
+"""Rendering of chat templates in a separate process, since a template is a third-party program.
 
-A loop in a loop, a power, or text doubled forty times would take hours or all memory, much of it inside one operation
-of the interpreter, which no thread can end. The kernel ends this process when a row takes more processor time than
-`SECONDS_A_ROW` or more memory than `MOST_MEMORY_BYTES`; the row is refused, and the next rows get a new process.
+Nested loops, powers or repeated doubling could take hours or all memory, much of it inside a single operation of the
+interpreter, which no thread can interrupt. The kernel kills this process when a row takes more processor time than
+`SECONDS_A_ROW` or more memory than `MOST_MEMORY_BYTES`. That row is rejected, and a new process renders the next ones.
 """
 
 import os
@@ -22,34 +22,34 @@ from data.sources import DataError, RowError
 from data.template import Piece, Template, TemplateText
 
 SECONDS_A_ROW = 4.0  # of processor time
-MOST_ENDINGS = 2  # of the process, after which the template is no use
+MOST_ENDINGS = 2  # after so many killed processes the template is rejected
 MOST_MEMORY_BYTES = 4 << 30
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _TOO_MUCH = "the chat template takes more than {} for this row; shorten the row, or correct the template"
 
 Request = tuple[str, Any]
-# What the process answers with: a value, or the reason and the detail of the error that a row is refused with.
+# The process's answer: a value, or reason and detail of the RowError of a rejected row.
 Answer = tuple[Any, None] | tuple[None, tuple[str, str]]
 
 
 class TemplateProcess:
-    """The process that renders one template; started when there is something to render, ended with this object."""
+    """A process that renders one template, killed when this object is deleted."""
 
     def __init__(self, text: TemplateText) -> None:
-        """Compile the template.
+        """Start the process and compile the template.
 
         Raises:
-            DataError: it is no template.
+            DataError: the template is invalid.
         """
         self._text = text
         self._endings = 0
         self._start()
 
     def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, *, prompt: bool) -> str:
-        """The text of `messages`, with the start of an assistant turn after it if `prompt`.
+        """The text of `messages`, followed by the start of an assistant turn if `prompt`.
 
         Raises:
-            RowError: the template refuses these messages.
+            RowError: the template rejects these messages.
         """
         [text] = self._ask([("render", (messages, tools, prompt))])
         if isinstance(text, RowError):
@@ -57,16 +57,16 @@ class TemplateProcess:
         return cast(str, text)
 
     def pieces(self, conversations: Sequence[Conversation]) -> list[list[Piece] | RowError]:
-        """The pieces of each conversation, or why it is refused.
+        """The pieces of each conversation, or the RowError of a rejected one.
 
         Raises:
-            DataError: the template takes too much for a second row.
+            DataError: the template exceeds the limits for a second row.
         """
         return self._ask([("pieces", conversation) for conversation in conversations])
 
     def _start(self) -> None:
         code = f"import sys; sys.path.insert(0, {str(_CHECKOUT)!r}); from data.template_process import serve; serve()"
-        command = [sys.executable, "-P", "-c", code]  # -P: a folder `data` in the current folder is not imported
+        command = [sys.executable, "-P", "-c", code]  # -P: does not import a package `data` from the current folder
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._end = weakref.finalize(self, _end, self._process)
         try:
@@ -79,7 +79,7 @@ class TemplateProcess:
         assert value is None
 
     def _ask(self, requests: Sequence[Request]) -> list[Any]:
-        """The answer to each request; all are sent before the first answer is read, so nobody waits for the other."""
+        """The answer to each request; all are sent before the first answer is read."""
         answers: list[Any] = []
         while len(answers) < len(requests):
             try:
@@ -118,15 +118,15 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     for stream in (process.stdin, process.stdout):
         try:
             cast(IO[bytes], stream).close()
-        except OSError:  # what was not sent any more
+        except OSError:  # of data that could not be sent
             continue
     process.wait()
 
 
 def serve() -> None:
-    """Answer what the other process asks, until it ends."""
+    """Answer requests of the parent process until it closes the pipe."""
     for unwanted in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(unwanted, signal.SIG_IGN)  # meant for the training process; this one ends with it
+        signal.signal(unwanted, signal.SIG_IGN)  # sent to the training process; this one ends with it
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")

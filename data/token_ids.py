@@ -1,4 +1,4 @@
-"""Which tokens a checkpoint's tokenizer has, and whether the model has a row for each: from its files, in a moment.
+"""The tokens of a checkpoint's tokenizer, read from its files, and whether the embedding has a row for each.
 
 Source: what `AutoTokenizer` of transformers 5.24 adds to `tokenizer.json`.
 """
@@ -11,21 +11,21 @@ from data.sources import DataError
 from monitoring.json_file import FileError, MissingFileError, read_object
 
 _MOST_NAMED = 5
-# Keys of `tokenizer_config.json` that hold one token, or several; those that `tokenizer.json` lacks get the next ids.
+# Keys of `tokenizer_config.json` with one token or several; tokens that `tokenizer.json` lacks get the next ids.
 _ONE = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SEVERAL = ("extra_special_tokens", "additional_special_tokens")
 
 
 def token_ids(folder: Path) -> dict[str, int]:
-    """The id of every token in the tokenizer files of `folder`, added and special ones too; empty if it has none.
+    """The id of every token in the tokenizer files of `folder`, including added and special ones; empty if it has none.
 
     Raises:
-        DataError: a file that cannot be read.
+        DataError: a file cannot be read.
     """
     description, config = (read_part(folder / name) for name in ("tokenizer.json", "tokenizer_config.json"))
     model = description.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict):  # another kind of tokenizer, which `load_tokenizer` judges
+    if not isinstance(vocabulary, dict):  # another kind of tokenizer, which `load_tokenizer` checks
         return {}
     ids = {token: number for token, number in vocabulary.items() if type(number) is int}
     for token in _list(description.get("added_tokens")):
@@ -40,13 +40,13 @@ def token_ids(folder: Path) -> dict[str, int]:
 
 
 def check_rows(ids: Mapping[str, int], rows: int, folder: Path | str) -> None:
-    """Make sure that the embedding has a row for every token.
+    """Check that the embedding has a row for every token.
 
     Args:
-        rows: of the embedding.
+        rows: number of rows of the embedding.
 
     Raises:
-        DataError: it has not; names the tokens.
+        DataError: names the tokens without a row.
     """
     beyond = sorted((number, token) for token, number in ids.items() if number >= rows)
     if beyond:
@@ -63,7 +63,7 @@ def read_part(path: Path) -> dict[str, Any]:
     """The object in one of the tokenizer's JSON files; empty if there is no such file.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         return read_object(path)
@@ -74,14 +74,14 @@ def read_part(path: Path) -> dict[str, Any]:
 
 
 def _older(folder: Path) -> dict[str, Any]:
-    """The tokens in two files that transformers reads only where `tokenizer_config.json` has no list of its own."""
+    """Tokens in two files that transformers reads only if `tokenizer_config.json` has no `added_tokens_decoder`."""
     added = read_part(folder / "added_tokens.json")
     numbered = {str(number): token for token, number in added.items() if type(number) is int}
     return {"added_tokens_decoder": numbered, **read_part(folder / "special_tokens_map.json")}
 
 
 def _further(config: Mapping[str, Any]) -> Iterator[str]:
-    """Tokens that `tokenizer_config.json` names, in the order in which transformers adds them."""
+    """Tokens in `tokenizer_config.json`, in the order in which transformers adds them."""
     decoder = config.get("added_tokens_decoder")
     numbered = decoder.items() if isinstance(decoder, dict) else ()
     for _, token in sorted((int(number), token) for number, token in numbered if number.isdecimal()):

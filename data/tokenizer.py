@@ -1,4 +1,4 @@
-"""The checkpoint's own tokenizer, and the training of the small one that the embedded base model uses.
+"""The checkpoint's tokenizer, and training of the small one for the embedded base model.
 
 python -m data.tokenizer --corpus data/corpus/code-train.jsonl.gz --to recipes/base
 """
@@ -25,13 +25,13 @@ from monitoring.json_file import FileError, kind_of, read_bytes
 
 END_OF_TURN = "<|im_end|>"
 END_OF_DOCUMENT = "<|endoftext|>"
-# Qwen's control tokens in Qwen's order: they take the last ids of the vocabulary, the first one the lowest.
+# Qwen's control tokens in Qwen's order: they have the last ids of the vocabulary, in ascending order.
 SPECIAL_TOKENS = (
     *(END_OF_DOCUMENT, "<|im_start|>", END_OF_TURN, "<|object_ref_start|>", "<|object_ref_end|>"),
     *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
-# Control tokens that `skip_special_tokens` keeps when it decodes.
+# Control tokens that decoding with `skip_special_tokens` keeps.
 OTHER_CONTROL_TOKENS = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
@@ -40,7 +40,7 @@ OTHER_CONTROL_TOKENS = (
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Every file that AutoTokenizer may open.
+# Every JSON file that AutoTokenizer may open.
 JSON_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("chat_template.json", "config.json"),
@@ -65,7 +65,7 @@ CHAT_TEMPLATE = """\
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer in which text can never become a control token: only `control_id` makes those."""
+    """A checkpoint's tokenizer in which text never becomes a control token; only `control_id` returns their ids."""
 
     def __init__(
         self,
@@ -106,11 +106,11 @@ class Tokenizer:
         return self.control_ids[token]
 
     def control_token(self, token_id: int) -> str:
-        """The control token of an id that is one."""
+        """The control token with this id, which must exist."""
         return next(token for token, number in self.control_ids.items() if number == token_id)
 
     def encode_plain(self, text: str) -> list[int]:
-        """The ids of `text`; a control token written in it becomes the ids of its characters."""
+        """The ids of `text`; a control token in it is encoded as ordinary text."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def encode_plain_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -123,14 +123,13 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
-    """The tokenizer of the checkpoint in `folder`, as transformers reads it.
+    """Load the tokenizer of the checkpoint in `folder` with transformers.
 
     Args:
-        rows: of the model's embedding; every token must have one.
+        rows: number of rows of the model's embedding, checked against all tokens; None: not checked.
 
     Raises:
-        DataError: no folder, no tokenizer in it, one without the tokens that training needs, or with tokens beyond the
-            embedding.
+        DataError: no folder, no tokenizer in it, a required token is missing, or tokens exceed the embedding.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -139,7 +138,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
         raise DataError(f"{folder}: no tokenizer.json; copy the tokenizer files of the checkpoint into this folder")
     _check_files(folder)
     try:
-        # Without `trust_remote_code` it asks on the terminal whether to run code that the folder names, and waits.
+        # Without `trust_remote_code=False` it asks on the terminal whether to run code of the folder, and waits.
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing more special, and transformers believes every type in a file
         raise DataError(
@@ -169,7 +168,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int = VOCABULARY) -> Backend:
-    """A byte-level BPE of `vocabulary` entries with Qwen's splits, its control tokens last. Deterministic."""
+    """Train a byte-level BPE of `vocabulary` entries with Qwen's splits, control tokens last. Deterministic."""
     controls = len(SPECIAL_TOKENS) + len(OTHER_CONTROL_TOKENS)
     backend = Backend(models.BPE())
     backend.normalizer = normalizers.NFC()
@@ -194,7 +193,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int = VOCABULARY) -> Ba
 
 
 def save_tokenizer(backend: Backend, folder: str | Path) -> None:
-    """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`: what AutoTokenizer needs."""
+    """Write `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, the files AutoTokenizer needs."""
     folder = Path(folder)
     added = json.loads(backend.to_str())["added_tokens"]
     config: dict[str, Any] = {
@@ -219,7 +218,7 @@ def save_tokenizer(backend: Backend, folder: str | Path) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Make sure that transformers opens nothing but regular files of a tokenizer, and no JSON that it fails on.
+    """Check that transformers will open only regular files, and only valid JSON.
 
     Raises:
         DataError: names the file.

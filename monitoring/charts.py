@@ -1,4 +1,4 @@
-"""A picture of expert load: one row of cells a layer, one column an expert, colour by load relative to the mean."""
+"""Heat-map of expert load: one row of cells a layer, one column an expert, colour by load relative to the mean."""
 
 import io
 
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from monitoring.routing import RoutingSnapshot
 
-# Dark violet to yellow in even steps of lightness, so that the order survives print and colour blindness.
+# Dark violet to yellow in equal steps of lightness, readable in print and for the colour-blind.
 PALETTE = np.array(
     [
         (68, 1, 84),
@@ -26,14 +26,14 @@ PALETTE = np.array(
     dtype=np.float64,
 )
 
-DEAD = (0, 0, 0)  # an expert without a row: off the scale, not its low end
-OCTAVES = 3  # the scale ends at 1/8 and 8 times the mean
+DEAD = (0, 0, 0)  # an expert that received no row; not part of the scale
+OCTAVES = 3  # the scale extends from 1/8 to 8 times the mean
 BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
 LEFT, TOP, BOTTOM, MARGIN = 40, 22, 34, 10  # pixels
-BAR = 140  # pixels of the scale
+BAR = 140  # pixels; length of the colour scale
 
-# A picture of indices into one table of colours is encoded six times as fast as one of colours: first DEAD, then the
-# scale, then shades from INK to BACKGROUND for the text.
+# An image of palette indices is encoded six times faster than one of colours. The palette: DEAD, then the scale, then
+# shades from INK to BACKGROUND for text.
 SCALE, SHADES = 239, 16
 
 
@@ -54,11 +54,11 @@ def heatmap(snapshot: RoutingSnapshot) -> Image.Image:
 
 
 def _text(snapshot: RoutingSnapshot, width: int, height: int, down: int) -> Image.Image:
-    """Everything that is written, black on white: the title, the numbers of layers, the ends of the scale."""
+    """All text, black on white: the title, the layer numbers, the ends of the scale."""
     image = Image.new("L", (width, height), 255)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default()
     draw.text((LEFT, 4), f"load of {snapshot.experts} experts, step {snapshot.step}", 0, font)
-    every = -(-12 // down)  # label only as many rows as there is room for
+    every = -(-12 // down)  # label only as many rows as fit
     for row, layer in list(enumerate(snapshot.layers))[::every]:
         draw.text((LEFT - 6, TOP + row * down + down // 2), str(layer), 0, font, anchor="rm")
     middle = height - BOTTOM + 15
@@ -69,12 +69,12 @@ def _text(snapshot: RoutingSnapshot, width: int, height: int, down: int) -> Imag
 
 
 def cell_size(layers: int, experts: int) -> tuple[int, int]:
-    """Pixels across and down of one expert's cell."""
+    """Width and height in pixels of one expert's cell."""
     return max(2, 1024 // experts), min(24, max(8, 768 // layers))
 
 
 def load_levels(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """What every cell shows, (layers, experts): 0 without a row, else the level of its load over the layer's mean."""
+    """Palette index of every cell, (layers, experts): 0 for no row, else by load relative to the layer's mean."""
     mean = counts.mean(axis=1, keepdims=True)
     relative = np.divide(counts, mean, out=np.zeros(counts.shape), where=mean > 0)
     position = (np.log2(np.where(relative > 0, relative, 1.0)) / OCTAVES + 1) / 2
@@ -82,18 +82,18 @@ def load_levels(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def palette(position: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Colours for positions from 0 (violet) to 1 (yellow), in one more axis."""
+    """Colours for positions from 0 (violet) to 1 (yellow); RGB is the last axis of the result."""
     stops, levels = np.linspace(0.0, 1.0, len(PALETTE)), _level(position) / (SCALE - 1)
     return np.stack([np.interp(levels, stops, channel).round() for channel in PALETTE.T], axis=-1).astype(np.uint8)
 
 
 def _level(position: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The nearest level of the scale, from 0."""
+    """The nearest level of the scale, counted from 0."""
     return np.asarray(position * (SCALE - 1)).round().astype(np.int64)
 
 
 def _colours() -> NDArray[np.uint8]:
-    """The table of colours, (256, 3)."""
+    """The palette, (256, 3)."""
     shades = np.linspace(INK, BACKGROUND, SHADES).round().astype(np.uint8)
     return np.concatenate((np.array([DEAD], np.uint8), palette(np.linspace(0.0, 1.0, SCALE)), shades))
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, one plain line a record otherwise."""
+"""Console output of a run: a progress bar on a terminal, otherwise one plain line for each record."""
 
 import time
 from collections import deque
@@ -17,18 +17,18 @@ from monitoring.routing import RoutingSnapshot
 
 PLAIN_WIDTH = 100
 STYLES = {"warn": "yellow", "alert": "bold red", "stop": "bold white on red"}
-MOST_ALIKE = 2  # findings of one rule, level and step that are shown in full
+MOST_ALIKE = 2  # findings of the same rule, level and step that are shown individually
 _NOT_SHOWN = ("kind", "step", "time", "parts")
 
 
 def open_console() -> rich.console.Console:
-    """Standard output: as wide as the terminal, or 100 columns when it is a file or a pipe."""
+    """Standard output: as wide as the terminal, or 100 columns for a file or a pipe."""
     console = rich.console.Console(highlight=False)
     return console if console.is_terminal else rich.console.Console(highlight=False, width=PLAIN_WIDTH)
 
 
 class Console:
-    """The sink for people. Exactly one rank may hold it."""
+    """The sink for console output. Only one rank may hold it."""
 
     name = "console"
 
@@ -39,15 +39,16 @@ class Console:
         console: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """A console for a run that ends after optimizer step `steps`.
+        """Create the console of a run that ends after optimizer step `steps`.
 
         Args:
-            clock: seconds; the time left comes from when records arrive, so evaluation and checkpoints count.
+            clock: returns seconds. The remaining time is estimated from arrival times of records, so it includes
+                evaluation and checkpoints.
         """
         self._steps = steps
         self._console = console or open_console()
         self._clock = clock
-        self._arrivals: deque[tuple[float, int]] = deque(maxlen=50)  # (seconds, step) of the last train records
+        self._arrivals: deque[tuple[float, int]] = deque(maxlen=50)  # (seconds, step) of the latest train records
         self._worst_load: str | None = None
         self._live: Live | None = None
         self._progress: Progress | None = None
@@ -76,7 +77,7 @@ class Console:
             self._say(f"{_step(record)}{kind}: {describe(record)}")
 
     def routing(self, snapshot: RoutingSnapshot, record: Record) -> None:
-        """Keep the layer whose busiest expert is furthest above the mean: the lines that follow show it."""
+        """Remember the layer whose busiest expert exceeds the mean most; the following lines show it."""
         worst = max(record["layers"], key=lambda layer: layer["max_vio"])
         self._worst_load = f"worst load {worst['max_vio'] + 1:.1f}x mean (layer {worst['layer']})"
 
@@ -110,7 +111,7 @@ class Console:
         self._console.print(Text(text, style=STYLES[record["level"]]), soft_wrap=True)
 
     def _end_findings(self) -> None:
-        """Say how many layers more broke the last rule: one line for each of 48 would bury the rest."""
+        """Print the number of findings that were not shown: one line for each of 48 layers would hide other output."""
         if self._alike_count > MOST_ALIKE:
             step, level, rule = self._alike
             more = self._alike_count - MOST_ALIKE
@@ -119,7 +120,7 @@ class Console:
         self._alike, self._alike_count = (), 0
 
     def _say(self, text: str) -> None:
-        # A pipe or a file gets whole lines: wrapping would break those who grep.
+        # Lines are not wrapped, since a file or a pipe may be searched with grep.
         self._console.print(escape(text), soft_wrap=True)
 
     def _start_bar(self, step: int) -> None:
@@ -158,7 +159,7 @@ def _step(record: Record) -> str:
 
 
 def describe(record: Record) -> str:
-    """The plain fields of a record in one line, lists and objects left out: `loss 2.3125, tokens 4,096`."""
+    """The scalar fields of a record in one line: `loss 2.3125, tokens 4,096`."""
     shown = {
         key: value for key, value in record.items() if key not in _NOT_SHOWN and not isinstance(value, list | dict)
     }
@@ -166,7 +167,7 @@ def describe(record: Record) -> str:
 
 
 def saved(record: Record) -> str:
-    """A checkpoint in words: `checkpoints/step-8 is written, in 4.2s beside the training, which waited 0.1s for it`."""
+    """A checkpoint record as text: `PATH is written, in 4.2s beside the training, which waited 0.1s for it`."""
     text = f"{record['path']} is written"
     if record.get("seconds") is None or record.get("blocked_seconds") is None:
         return text
@@ -185,7 +186,7 @@ def _show(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 9s, 2m 05s, 3h 20m."""
+    """A duration in seconds as text: 9s, 2m 05s, 3h 20m."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"

@@ -1,4 +1,4 @@
-"""The files of a folder or of a pattern with wildcards: every real folder once, hidden names left out, bounded."""
+"""Bounded search for files in a folder or by pattern; each real folder is visited once, hidden names are skipped."""
 
 import fnmatch
 import glob
@@ -10,25 +10,25 @@ MOST_ENTRIES = 1_000_000
 
 
 class SearchError(ValueError):
-    """A folder that cannot be searched: says which and why."""
+    """A folder that cannot be searched; the message says which and why."""
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Everything below a folder that is not a folder, hidden names left out.
+    """Every path below a folder that is not a folder, without hidden names.
 
     Raises:
-        SearchError: a folder cannot be read, or there are more entries than anybody means.
+        SearchError: a folder cannot be read, or there are more than `MOST_ENTRIES` entries.
     """
     return _Search(str(folder)).entries(folder, ["**"])
 
 
 def matches(pattern: str) -> Iterator[Path]:
-    """Everything that a pattern with `*`, `?`, `[...]` and `**` matches and that is not a folder.
+    """Every path that matches a pattern of `*`, `?`, `[...]` and `**`, except folders.
 
-    As `glob.iglob` with `recursive=True`, but a link to a folder above it is not followed again, and it ends.
+    Like `glob.iglob` with `recursive=True`, but links to a parent folder are followed only once, so the search ends.
 
     Raises:
-        SearchError: a folder cannot be read, or there are more entries than anybody means.
+        SearchError: a folder cannot be read, or there are more than `MOST_ENTRIES` entries.
     """
     path = Path(pattern)
     parts = [part for part in path.parts if part != path.anchor]
@@ -37,7 +37,7 @@ def matches(pattern: str) -> Iterator[Path]:
 
 
 class _Search:
-    """One search: how many entries it has seen, and what for."""
+    """One search, which counts the entries it has seen; `what` names it in messages."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -49,7 +49,7 @@ class _Search:
         return self._entries(folder, parts)
 
     def _entries(self, folder: Path, parts: list[str]) -> Iterator[Path]:
-        """What `parts` match below `folder`."""
+        """The paths below `folder` that match `parts`."""
         if not parts:
             if os.path.lexists(folder) and not folder.is_dir():
                 yield folder
@@ -65,7 +65,7 @@ class _Search:
             yield from self._entries(folder / parts[0], parts[1:])
 
     def _folders(self, top: Path) -> Iterator[Path]:
-        """`top` and all folders below it, each real one once, however many links lead to it."""
+        """`top` and all folders below it, each real folder once, whatever the number of links to it."""
         known, waiting = set(), [top] if top.is_dir() else []
         while waiting:
             folder = waiting.pop()
@@ -97,7 +97,7 @@ class _Search:
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return not entry.name.startswith(".") and entry.is_dir()
-    except OSError:  # a link to itself; whoever opens it says so
+    except OSError:  # a link to itself; opening it will report the error
         return False
 
 

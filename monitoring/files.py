@@ -1,17 +1,17 @@
-"""Whole files or none: the one way a file is replaced anywhere, and the error for a file that cannot be read back."""
+"""Atomic replacement of files, and the error for an unreadable file of a run folder."""
 
 import os
 from pathlib import Path
 
 
 class MonitoringError(ValueError):
-    """A file of a run folder that cannot be read back: says which file, what is wrong with it and what to do."""
+    """A file of a run folder that cannot be read; the message says which, what is wrong and what to do."""
 
 
 def replace_file(path: Path, contents: bytes) -> None:
-    """Put `contents` at `path` so that a reader, or a crash, sees the old file or the new one and nothing between.
+    """Replace `path` atomically: a reader, or a crash, sees the old file or the new one.
 
-    A process that is killed in between leaves `path.tmp`, which the next write replaces. One process writes a file.
+    A process killed meanwhile leaves `path.tmp`, which the next write overwrites. Only one process may write a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.tmp")

@@ -1,11 +1,11 @@
-"""Rules that look at a run's records and say what is wrong, where, and what to do.
+"""Rules that check a run's records; a finding says what is wrong, where, and what to do.
 
-Absolute imbalance is no alarm: a healthy router on code is as uneven as a sick one elsewhere, and the number of dead
-experts reacts last. So routing is compared with the frozen base on the same tokens where that was measured, and with
-the run's own first window otherwise, which must then hold in two windows in a row. The thresholds are this project's,
-chosen from simulated collapses of a 512-expert router; the literature has none.
+Absolute imbalance is not a criterion: a healthy router on code can be as uneven as a collapsing one elsewhere, and the
+number of dead experts reacts last. Routing is therefore compared with the frozen base on the same tokens where that was
+measured, otherwise with the run's first window; a deviation from the latter must persist for two windows. The
+thresholds are our own, chosen from simulated collapses of a 512-expert router; the literature has none.
 
-`RULES` at the bottom is the whole list.
+`RULES` at the end of the file lists all rules.
 """
 
 import math
@@ -22,23 +22,23 @@ Level = Literal["info", "warn", "alert", "stop"]
 LEVELS: tuple[Level, ...] = ("info", "warn", "alert", "stop")
 
 HISTORY_RECORDS = 50
-ENOUGH_RECORDS = 10  # before a value can be called unusual
-LOSS_SPREADS, LOSS_RISE, LOSS_NATS = 8.0, 0.25, 0.2  # a spike exceeds the median by the largest of the three
+ENOUGH_RECORDS = 10  # needed before a value can be called unusual
+LOSS_SPREADS, LOSS_RISE, LOSS_NATS = 8.0, 0.25, 0.2  # a spike exceeds the median by the maximum of the three
 GRAD_NORM_FACTOR = 10.0
-RISE_RECORDS = 3  # whose median is compared, so that one batch is no rise
-# A rise, as a part of the lowest value so far; of the training loss also by LOSS_NATS, of the held-out loss by errors.
+RISE_RECORDS = 3  # the median of so many is compared, so that a single batch is not a rise
+# Rise relative to the lowest value; a training loss must also rise by LOSS_NATS, a held-out loss by standard errors.
 TRAIN_RISE: tuple[tuple[float, Level], ...] = ((0.1, "warn"), (0.5, "alert"))
 HELD_OUT_RISE: tuple[tuple[float, Level], ...] = ((0.01, "warn"), (0.05, "alert"))
 HELD_OUT_ERRORS = 4.0
-WINDOW_SHARE = 0.5  # a window with fewer of the first window's tokens than this has more dead experts by chance
+WINDOW_SHARE = 0.5  # smaller windows, relative to the first one's tokens, have more dead experts by chance
 
-# (limit, level), mildest first: the last limit that a value passes names the level.
+# (limit, level), mildest first; the last limit exceeded sets the level.
 COLLAPSE_RATIO: tuple[tuple[float, Level], ...] = ((0.75, "warn"), (0.5, "alert"), (0.3, "stop"))
 BASE_COLLAPSE_RATIO: tuple[tuple[float, Level], ...] = ((0.9, "warn"), (0.6, "alert"), (0.3, "stop"))
 TAKEOVER_SHARE: tuple[tuple[float, Level], ...] = ((0.5, "warn"), (0.9, "alert"))
 TAKEOVER_GROWTH = 0.25
 DEAD_GROWTH: tuple[tuple[float, Level], ...] = ((0.05, "warn"), (0.15, "alert"))
-DEAD_SPREADS = 3.0  # whether a rare expert gets a row is chance, which scatters like the square root of their number
+DEAD_SPREADS = 3.0  # in standard deviations: chance varies the number of dead experts by its square root
 NEWLY_DEAD: tuple[tuple[float, Level], ...] = ((0.02, "warn"), (0.05, "alert"))
 DRIFT_BITS: tuple[tuple[float, Level], ...] = ((0.03, "warn"), (0.15, "alert"))
 DRIFT_NOISE_FACTOR = 4.0
@@ -51,7 +51,7 @@ WHAT_TO_DO = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule that a record broke. `layer` is None where the whole model is meant."""
+    """One rule broken by a record. `layer` is None if the finding is about the whole model."""
 
     step: int
     level: Level
@@ -66,7 +66,7 @@ class Finding:
 
 @dataclass
 class History:
-    """What the rules remember of the records so far."""
+    """What rules need from earlier records."""
 
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_RECORDS))
     grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY_RECORDS))
@@ -93,10 +93,10 @@ class History:
 
 
 class Health:
-    """Judges records in the order they happen. A finding is told once, and again only when it gets worse or returns.
+    """Checks records in order. A finding is reported once, and again only if it gets worse or recurs.
 
-    `state` goes into every checkpoint, so that in a resumed run the first window, the usual loss and what was already
-    told are what they were.
+    `state` is stored in every checkpoint, so that a resumed run keeps the first window, the usual loss and the findings
+    already reported.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Health:
         self._standing: dict[str, dict[tuple[str, int | None], Level]] = {}
 
     def check(self, record: Record) -> list[Finding]:
-        """The findings of this record that were not standing already."""
+        """The findings of this record that are new or worse than before."""
         groups = [record["kind"]]
         if record["kind"] == "routing" and any("drift" in layer for layer in record["layers"]):
             groups.append("drift")
@@ -113,13 +113,13 @@ class Health:
             found = [finding for rule in RULES.get(group, ()) for finding in rule(record, self._history)]
             known = self._standing.get(group, {})
             new = [f for f in found if _severity(f.level) > _severity(known.get((f.rule, f.layer)))]
-            fresh += sorted(new, key=lambda f: (-_severity(f.level), f.rule))  # the worst first, rule by rule
+            fresh += sorted(new, key=lambda f: (-_severity(f.level), f.rule))  # worst first, grouped by rule
             self._standing[group] = {(f.rule, f.layer): f.level for f in found}
         self._history.remember(record)
         return fresh
 
     def state(self) -> dict[str, Any]:
-        """What is remembered, in JSON's own types."""
+        """The state as JSON values."""
         standing = {
             group: [[rule, layer, level] for (rule, layer), level in known.items()]
             for group, known in self._standing.items()
@@ -127,7 +127,7 @@ class Health:
         return {**plain(asdict(self._history)), "standing": standing}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Remember what `state` of a health before did."""
+        """Restore the state that `state` returned."""
         history = self._history = History(first_routing=state["first_routing"], last_routing=state["last_routing"])
         history.lowest_loss, history.lowest_eval = state.get("lowest_loss"), state.get("lowest_eval")
         history.losses.extend(state["losses"])
@@ -157,11 +157,11 @@ def not_finite(record: Record, history: History) -> Iterator[Finding]:
         if value is not None and not math.isfinite(value):
             message = f"{key} is {value} at step {record['step']}: {_why(record)}"
             yield Finding(record["step"], "stop", "not_finite", None, message)
-            return  # the others are not finite for the same reason
+            return  # the others are usually consequences
 
 
 def loss_spike(record: Record, history: History) -> Iterator[Finding]:
-    """A loss far above the recent ones, measured in their own spread."""
+    """A loss far above the recent ones, relative to their spread."""
     if len(history.losses) < ENOUGH_RECORDS or not _is_number(record.get("loss")):
         return
     usual = median(history.losses)
@@ -176,7 +176,7 @@ def loss_spike(record: Record, history: History) -> Iterator[Finding]:
 
 
 def loss_rise(record: Record, history: History) -> Iterator[Finding]:
-    """Training losses that stay well above the lowest of this run."""
+    """Training losses that stay well above the run's lowest."""
     if history.lowest_loss is None or not _is_number(record.get("loss")):
         return
     recent = median([*list(history.losses)[1 - RISE_RECORDS :], record["loss"]])
@@ -191,7 +191,7 @@ def loss_rise(record: Record, history: History) -> Iterator[Finding]:
 
 
 def held_out_rise(record: Record, history: History) -> Iterator[Finding]:
-    """A held-out loss above the lowest of this run, by more than chance on the same rows."""
+    """A held-out loss significantly above the run's lowest, on the same rows."""
     lowest = history.lowest_eval
     if lowest is None or not _is_number(record.get("loss")):
         return
@@ -208,7 +208,7 @@ def held_out_rise(record: Record, history: History) -> Iterator[Finding]:
 
 
 def grad_norm_spike(record: Record, history: History) -> Iterator[Finding]:
-    """A gradient norm many times the recent ones."""
+    """A gradient norm many times the median of recent ones."""
     if len(history.grad_norms) < ENOUGH_RECORDS or not _is_number(record.get("grad_norm")):
         return
     usual = median(history.grad_norms)
@@ -221,7 +221,7 @@ def grad_norm_spike(record: Record, history: History) -> Iterator[Finding]:
 
 
 def expert_collapse(record: Record, history: History) -> Iterator[Finding]:
-    """Effective experts of a layer well below those of the first window, in two windows in a row."""
+    """Effective experts of a layer far fewer than in the first window, for two windows."""
     for now, before, first in _comparable_layers(record, history):
         most = max(now["effective_experts"], before["effective_experts"])
         if level := _level_below(COLLAPSE_RATIO, most / first["effective_experts"]):
@@ -233,7 +233,7 @@ def expert_collapse(record: Record, history: History) -> Iterator[Finding]:
 
 
 def expert_takeover(record: Record, history: History) -> Iterator[Finding]:
-    """One expert chosen by most tokens that was not so at the start, in two windows in a row."""
+    """An expert chosen by most tokens that was not at the start, for two windows."""
     for now, before, first in _comparable_layers(record, history):
         share = min(now["max_token_share"], before["max_token_share"])
         level = _level_above(TAKEOVER_SHARE, share)
@@ -246,7 +246,7 @@ def expert_takeover(record: Record, history: History) -> Iterator[Finding]:
 
 
 def dead_experts(record: Record, history: History) -> Iterator[Finding]:
-    """More experts without a row than in the first window, in two windows in a row."""
+    """More experts without a row than in the first window, for two windows."""
     for now, before, first in _comparable_layers(record, history):
         grown = min(now["dead"], before["dead"]) - first["dead"]
         level = _level_above(DEAD_GROWTH, grown / record["experts"])
@@ -259,7 +259,7 @@ def dead_experts(record: Record, history: History) -> Iterator[Finding]:
 
 
 def drift_from_base(record: Record, history: History) -> Iterator[Finding]:
-    """Load that moved away from the frozen base's on the same tokens."""
+    """Expert load that differs from the frozen base's on the same tokens."""
     for layer, drift in _drifts(record):
         if drift["load_bits"] > DRIFT_NOISE_FACTOR * drift["noise_bits"]:
             level = _level_above(DRIFT_BITS, drift["load_bits"]) or "info"
@@ -272,7 +272,7 @@ def drift_from_base(record: Record, history: History) -> Iterator[Finding]:
 
 
 def collapse_from_base(record: Record, history: History) -> Iterator[Finding]:
-    """Fewer effective experts than the frozen base uses on the same tokens."""
+    """Fewer effective experts than in the frozen base on the same tokens."""
     for layer, drift in _drifts(record):
         if level := _level_below(BASE_COLLAPSE_RATIO, drift["effective_ratio"]):
             ratio = drift["effective_ratio"]
@@ -281,7 +281,7 @@ def collapse_from_base(record: Record, history: History) -> Iterator[Finding]:
 
 
 def newly_dead_experts(record: Record, history: History) -> Iterator[Finding]:
-    """Experts that the frozen base uses on the same tokens and this model no longer does."""
+    """Experts that the frozen base uses on the same tokens, but this model does not."""
     for layer, drift in _drifts(record):
         if level := _level_above(NEWLY_DEAD, drift["newly_dead"] / record["experts"]):
             message = (
@@ -306,7 +306,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _comparable_layers(record: Record, history: History) -> Iterator[tuple[Record, Record, Record]]:
-    """Each layer's measures now, one window ago and in the first window, if all three windows are large enough."""
+    """Each layer's measures now, in the previous window and in the first one, if all three windows are large enough."""
     first, before = history.first_routing, history.last_routing
     if first is None or before is None or before is first:
         return

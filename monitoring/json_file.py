@@ -1,8 +1,7 @@
-"""Reading files that others wrote: regular files only, bounded, and every fault in one sentence with the place.
+"""Reading of untrusted files: regular files only, of bounded size, with every error as one sentence with its place.
 
-`open` of a FIFO waits for ever, and `json.loads` raises RecursionError for deep nesting, a plain ValueError for an
-integer of 5,000 digits, and no error at all for a repeated key or half of a surrogate pair, which the next `print`
-fails on. A folder of weights or a run folder may hold any of these.
+`open` of a FIFO blocks forever. `json.loads` raises RecursionError for deep nesting and a plain ValueError for an
+integer of 5,000 digits; it accepts repeated keys, and half of a surrogate pair, which a later `print` cannot encode.
 """
 
 import json
@@ -12,10 +11,10 @@ import stat
 from pathlib import Path
 from typing import IO, Any
 
-MOST_BYTES = 256 << 20  # a tokenizer.json of 250,000 tokens takes 20 MB
+MOST_BYTES = 256 << 20  # a tokenizer.json of 250,000 tokens has 20 MB
 MOST_DEPTH = 100
 TOO_DEEP = f"nested more than {MOST_DEPTH} deep"
-_MOST_DIGITS = 300  # a float64 has no more before its point; Python refuses to parse more than 4,300
+_MOST_DIGITS = 300  # a float64 has at most 309; Python refuses to parse more than 4,300
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -29,15 +28,15 @@ _LONG_NUMBER = re.compile(rf"[0-9]{{{_MOST_DIGITS}}}")
 
 
 class FileError(ValueError):
-    """A file that cannot be read: says which, where in it, and what is wrong."""
+    """A file that cannot be read; the message says which, where in it, and what is wrong."""
 
 
 class MissingFileError(FileError):
-    """There is no such file."""
+    """A file that does not exist."""
 
 
 class FormError(ValueError):
-    """A text that is not JSON, or JSON that is refused; line and column from 1, or 0 where they are not known."""
+    """Text that is not JSON, or rejected JSON; line and column count from 1, and are 0 if unknown."""
 
     def __init__(self, what: str, line: int = 0, column: int = 0) -> None:
         super().__init__(what)
@@ -45,13 +44,13 @@ class FormError(ValueError):
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """The file, open for reading without a buffer. A link to a regular file is followed; nothing else is opened.
+    """Open a regular file, or a link to one, for unbuffered reading; anything else is an error.
 
     Raises:
         FileError: no such file, no permission, or a folder, FIFO, socket or device.
     """
     try:
-        _refuse_special(path, os.stat(path).st_mode)  # opening a device may already do something
+        _refuse_special(path, os.stat(path).st_mode)  # checked first, since opening a device may have effects
         file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)  # noqa: SIM115
         _refuse_special(path, os.fstat(file.fileno()).st_mode)
     except FileNotFoundError:
@@ -67,7 +66,7 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     """The contents of a regular file.
 
     Raises:
-        FileError: it cannot be opened or read, or is larger than `most_bytes`.
+        FileError: it cannot be opened or read, or exceeds `most_bytes`.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -75,7 +74,7 @@ def read_bytes(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
             raise FileError(f"{path}: has {size:,} bytes, more than the {most_bytes:,} that such a file may have")
         try:
             contents = bytearray()
-            while block := file.read(most_bytes + 1 - len(contents)):  # it may grow meanwhile
+            while block := file.read(most_bytes + 1 - len(contents)):  # the file may grow meanwhile
                 contents += block
         except OSError as error:
             raise FileError(f"{path}: cannot be read ({reason(error)})") from error
@@ -88,10 +87,10 @@ def read_json(path: Path, most_bytes: int = MOST_BYTES, *, unique_keys: bool = F
     """The value in a JSON file.
 
     Args:
-        unique_keys: refuse an object that has a key twice; without it the last one counts, as for every reader.
+        unique_keys: reject objects with repeated keys; otherwise the last one counts, as in other parsers.
 
     Raises:
-        FileError: the file cannot be read, or is not JSON within the limits of `parse_json`.
+        FileError: the file cannot be read, is not JSON or exceeds the limits of `parse_json`.
     """
     return parse_json(read_bytes(path, most_bytes), str(path), unique_keys=unique_keys)
 
@@ -100,7 +99,7 @@ def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        FileError: the file cannot be read, is not JSON, or holds something else at its top.
+        FileError: the file cannot be read, is not JSON, or holds another type at the top level.
     """
     value = read_json(path, most_bytes)
     if not isinstance(value, dict):
@@ -109,13 +108,13 @@ def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
 
 
 def parse_json(contents: bytes, place: str, *, unique_keys: bool = False) -> Any:
-    """The value of a JSON text in UTF-8, nested at most `MOST_DEPTH` deep, with numbers that a float64 can hold.
+    """Parse JSON in UTF-8; nesting is limited to `MOST_DEPTH`, and integers to the digits of a float64.
 
     Args:
-        place: names the text in a message.
+        place: name of the text in messages.
 
     Raises:
-        FileError: it is not; says where.
+        FileError: invalid text; the message says where.
     """
     try:
         text = contents.decode("utf-8")
@@ -130,13 +129,13 @@ def parse_json(contents: bytes, place: str, *, unique_keys: bool = False) -> Any
 
 
 def load_text(text: str, *, unique_keys: bool = False, half_characters: bool = False) -> Any:
-    """The value of a JSON text within the limits of `parse_json`.
+    """Parse a JSON text within the limits of `parse_json`.
 
     Args:
-        half_characters: accept half of a surrogate pair, for a reader that checks what it uses.
+        half_characters: accept half of a surrogate pair, for callers that check the text they use.
 
     Raises:
-        FormError: it is not.
+        FormError: invalid text.
     """
     try:
         value = json.loads(
@@ -159,7 +158,7 @@ def load_text(text: str, *, unique_keys: bool = False, half_characters: bool = F
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in JSON's words."""
+    """The name of a value's JSON type."""
     names = {
         dict: "an object",
         list: "a list",
@@ -172,7 +171,7 @@ def kind_of(value: Any) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The system's words for an error, without the path, which the sentence already names."""
+    """The system's message for an error, without the path."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -212,5 +211,5 @@ def is_deep(value: Any) -> bool:
     return True
 
 
-# For values that follow one another in one text; a caller checks their depth.
+# For a sequence of values in one text; the caller checks their depth.
 STRICT_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_unique)

@@ -1,4 +1,4 @@
-"""What a line of metrics.jsonl must hold for those who read it back; a damaged one does not."""
+"""Required fields of the lines of metrics.jsonl; a damaged line lacks them."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ LEVELS = ("info", "warn", "alert", "stop")
 
 
 def problem_of(record: Any) -> str | None:
-    """Why a value is no line of metrics.jsonl, or None. Keys that no reader needs may hold anything."""
+    """Why a value is not a valid line of metrics.jsonl, or None. Keys that no reader uses are not checked."""
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         return "not an object with a `kind`"
     if "step" in record and not _is_count(record["step"]):
@@ -29,7 +29,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Null stands for what is not finite."""
+    """Null stands for a number that is not finite."""
     return value is None or (type(value) in (int, float) and math.isfinite(value))
 
 

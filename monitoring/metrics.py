@@ -1,20 +1,20 @@
-"""metrics.jsonl: one JSON object a line, appended and flushed; and how to read it back.
+"""metrics.jsonl: one JSON object a line, appended and flushed; writing and reading.
 
-Every step is in it once: a run that continues from a checkpoint moves the lines of later steps, which it will take
-again, to metrics.superseded.jsonl.
+Every step occurs once: a run that resumes from a checkpoint moves the lines of later steps, which it will repeat, to
+metrics.superseded.jsonl.
 
-`kind` says what a line is:
+`kind` is the type of a line:
 
-    start       step (the run continues after it; 0 for a fresh run) and whatever describes the run
+    start       step (the run continues after it; 0 for a new run) and a description of the run
     train       step, loss, tokens, tokens_per_second, lr, grad_norm, balance_loss, z_loss, seconds, peak_bytes
     eval        step, loss, tokens
     routing     step, tokens, experts, layers: one object of measures per MoE layer (monitoring/routing.py)
     finding     step, level, rule, layer, message (monitoring/health.py)
     action      step, message
-    checkpoint  step, path, seconds (to write it), blocked_seconds (for which training stood still)
+    checkpoint  step, path, seconds (to write it), blocked_seconds (during which training waited)
     end         step
 
-A number that is not finite is written as null, because JSON has no word for it.
+A number that is not finite is written as null, since JSON cannot represent it.
 """
 
 import json
@@ -34,13 +34,13 @@ from monitoring.routing import RoutingSnapshot
 from monitoring.supersede import aside_of, supersede_lines
 
 Record = Mapping[str, Any]
-MOST_BYTES = 4 << 30  # a line takes a few KB
+MOST_BYTES = 4 << 30  # a line has a few KB
 
 log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """The sink that appends to metrics.jsonl. Opening a file that a kill left mid-line cuts the torn line off."""
+    """The sink that appends to metrics.jsonl. When it opens a file, an incomplete last line is removed."""
 
     name = "metrics.jsonl"
 
@@ -48,7 +48,7 @@ class MetricsFile:
         """Open the file of a run.
 
         Args:
-            after: the step from which the run continues, 0 for one that begins; None leaves all lines where they are.
+            after: the step from which the run resumes, 0 for a new run; later lines are moved. None: no line is moved.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -72,7 +72,7 @@ class MetricsFile:
 
 
 def plain(value: Any) -> Any:
-    """The same value in JSON's own types: numpy numbers and arrays become Python's, what is not finite becomes null."""
+    """A value as JSON types: numpy numbers and arrays become Python's, numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
@@ -85,7 +85,7 @@ def plain(value: Any) -> Any:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Cut whatever follows the last newline, and say so."""
+    """Remove whatever follows the last newline, and log it."""
     with path.open("r+b") as file:
         size = end = file.seek(0, os.SEEK_END)
         while end:
@@ -102,14 +102,14 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Every line of the run as if it had never been killed.
+    """Every line of a run, as if it had never been interrupted.
 
-    Where lines of steps that were taken again are still in the file, since the run was killed while it moved them or
-    an older version wrote it, a `start` at step N takes back what came after step N, and one at step 0 everything.
-    A last line without its newline is being written, or was torn by a kill, and is left out.
+    Lines of repeated steps may still be in the file if the run was killed while moving them, or if an older version
+    wrote it: a `start` at step N discards preceding lines of later steps, one at step 0 all lines. A last line without
+    newline is incomplete and ignored.
 
     Raises:
-        MonitoringError: no such file, or a line that is not a JSON object.
+        MonitoringError: no such file, or an invalid line.
     """
     path = Path(path)
     try:

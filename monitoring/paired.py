@@ -1,4 +1,4 @@
-"""The change of a loss between two measurements of the same batches, and how sure it is."""
+"""Paired comparison of a loss measured twice on the same batches."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,17 @@ from collections.abc import Sequence
 def paired_change(
     before: Sequence[tuple[float, int]], after: Sequence[tuple[float, int]]
 ) -> tuple[float, float] | None:
-    """Change of the mean loss from `before` to `after`, below 0 when it fell, and the standard error of that.
+    """Change of the mean loss from `before` to `after` (negative: it fell), and its standard error.
 
-    The error is that of a ratio of sums over micro-batches whose parts are paired (the same tokens before and after),
-    so what makes one micro-batch harder than another cancels. None when the two were not measured on the same ones.
+    The error is that of a ratio estimator over micro-batches, paired by the same tokens before and after, so
+    differences in difficulty between micro-batches cancel.
+
+    Args:
+        before: summed loss and number of tokens of each micro-batch.
+        after: likewise.
+
+    Returns:
+        Change and error; None if fewer than two micro-batches, or if their token counts differ.
     """
     if [n for _, n in before] != [n for _, n in after] or len(before) < 2:
         return None

@@ -1,10 +1,10 @@
-"""How evenly the router spreads rows over experts, and how far it has moved from the frozen base: numbers from counts.
+"""Measures of expert load, and of its drift from the frozen base, computed from counts.
 
-Counts are what a whole global batch sent to each expert since the last logging step: all micro-batches, all ranks,
-padding excluded, each row once. They arrive here already summed; nothing in this file communicates.
+Counts are the rows that each expert received since the last logging step: over all micro-batches and ranks, without
+padding, each row once. They are already summed over ranks; nothing in this file communicates.
 
-A well-trained router is uneven on a narrow domain and that is healthy, so the measures of a single snapshot describe
-and do not judge; what moved is told by `routing_drift`, on the same tokens through the frozen base.
+A healthy router is uneven on a narrow domain, so the measures of one snapshot describe and do not judge.
+`routing_drift` measures change, by comparison with the frozen base on the same tokens.
 """
 
 import io
@@ -23,23 +23,23 @@ from numpy.typing import NDArray
 from monitoring.files import MonitoringError, replace_file
 from monitoring.json_file import FileError, MissingFileError, read_bytes
 
-# What numpy, zipfile and zlib raise for an archive whose bytes were changed.
+# Exceptions of numpy, zipfile and zlib for a damaged archive.
 DAMAGED = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, tokenize.TokenError, struct.error, EOFError, KeyError),
     *(ValueError, TypeError, OSError, SyntaxError, RuntimeError, OverflowError, MemoryError, IndexError),
 )
-STARVED_BELOW = 0.01  # of the mean load
-ALIVE_IN_BASE_ROWS = 5  # fewer rows than this can vanish from a probe by chance
+STARVED_BELOW = 0.01  # relative to the mean load
+ALIVE_IN_BASE_ROWS = 5  # an expert with fewer rows can lose them in a probe by chance
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingSnapshot:
-    """Rows that every expert of every MoE layer received in one window of training, layers in numeric order."""
+    """Rows received by every expert of every MoE layer in one window of training, layers in numeric order."""
 
     step: int
-    layers: tuple[int, ...]  # true layer numbers; dense layers are absent
+    layers: tuple[int, ...]  # numbers in the model; dense layers are absent
     counts: NDArray[np.int64]  # (layers, experts)
-    tokens: int  # non-padding tokens of the window; each makes top_k rows a layer
+    tokens: int  # non-padding tokens of the window; each makes top_k rows in every layer
 
     def __post_init__(self) -> None:
         layers, counts = np.asarray(self.layers, dtype=np.int64), np.asarray(self.counts, dtype=np.int64)
@@ -47,7 +47,7 @@ class RoutingSnapshot:
         assert 0 < counts.shape[0] == layers.size == np.unique(layers).size, (
             f"{counts.shape} counts for layers {layers}"
         )
-        order = np.argsort(layers)  # by number: sorted as text, layer 10 would come before layer 2
+        order = np.argsort(layers)  # numerically: as text, layer 10 would come before layer 2
         object.__setattr__(self, "layers", tuple(layers[order].tolist()))
         object.__setattr__(self, "counts", counts[order])
 
@@ -58,38 +58,38 @@ class RoutingSnapshot:
 
 @dataclass(frozen=True, eq=False)
 class LayerMeasures:
-    """The spread of one layer's load. A layer that received no rows has all its shares at 0."""
+    """The distribution of one layer's load. All shares of a layer without rows are 0."""
 
     layer: int
     rows: int
     load_share: NDArray[np.float64]  # (experts,), sums to 1
     busiest_expert: int
-    max_share: float  # of rows; at most 1 / top_k
-    max_token_share: float  # of tokens that chose the busiest expert; at most 1
-    effective_experts: float  # exp of the entropy of the load share: all experts when even, 1 when one takes all
-    max_vio: float  # busiest expert / mean - 1: 0 when even
+    max_share: float  # fraction of rows; at most 1 / top_k
+    max_token_share: float  # fraction of tokens that chose the busiest expert; at most 1
+    effective_experts: float  # exp(entropy of the load share): all experts if even, 1 if one receives all rows
+    max_vio: float  # max / mean - 1: 0 if even
     cv: float  # standard deviation / mean
     dead: int  # experts without a row
-    starved: int  # experts with rows, but under 1 % of the mean
+    starved: int  # experts with rows, but fewer than 1 % of the mean
 
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """How far one layer's routing of the probe tokens lies from the frozen base's routing of the same tokens."""
+    """The difference between one layer's routing and that of the frozen base on the same probe tokens."""
 
     layer: int
-    load_bits: float  # Jensen-Shannon divergence of the load shares: 0 equal, 1 disjoint
-    noise_bits: float  # divergence expected between two independent samples of this many rows from one router
-    kept: float  # fraction of (token, choice) slots whose expert the base chooses for that token too
+    load_bits: float  # Jensen-Shannon divergence of the load shares: 0 if equal, 1 if disjoint
+    noise_bits: float  # divergence expected between two independent samples of so many rows from one router
+    kept: float  # fraction of (token, choice) slots whose expert the base also chooses for that token
     probability_bits: float | None  # Jensen-Shannon divergence of the mean router probabilities
-    busiest_kept: float  # fraction of the base's busiest eighth of experts that still are the busiest eighth
+    busiest_kept: float  # fraction of the base's busiest eighth of experts that is still in the busiest eighth
     effective_ratio: float  # effective experts now / in the base
-    newly_dead: int  # experts without a row now to which the base gives 5 rows or more
-    gained: tuple[int, ...]  # up to three experts whose load share grew most
+    newly_dead: int  # experts without a row that receive at least 5 in the base
+    gained: tuple[int, ...]  # up to three experts with the largest growth of load share
 
 
 def routing_measures(snapshot: RoutingSnapshot) -> list[LayerMeasures]:
-    """The measures of every layer of a snapshot, in its order."""
+    """The measures of every layer, in the snapshot's order."""
     return [
         _measure(layer, counts, snapshot.tokens) for layer, counts in zip(snapshot.layers, snapshot.counts, strict=True)
     ]
@@ -113,18 +113,18 @@ def _measure(layer: int, counts: NDArray[np.int64], tokens: int) -> LayerMeasure
 
 
 def load_share(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The fraction of rows that each expert received; zeros when there were no rows."""
+    """The fraction of rows that each expert received; zeros if there were none."""
     rows = counts.sum(axis=-1, keepdims=True)
     return np.divide(counts, rows, out=np.zeros(counts.shape), where=rows > 0)
 
 
 def effective_experts(share: NDArray[np.float64]) -> float:
-    """The number of equally loaded experts that would have this entropy; 0 when there were no rows."""
+    """exp(entropy): the number of equally loaded experts with the same entropy; 0 if there were no rows."""
     return float(np.exp(_entropy_nats(share))) if share.any() else 0.0
 
 
 def jensen_shannon_bits(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
-    """H((p + q) / 2) - (H(p) + H(q)) / 2 in bits: 0 when equal, 1 when disjoint. Both must sum to 1."""
+    """H((p + q) / 2) - (H(p) + H(q)) / 2 in bits: 0 if equal, 1 if disjoint. Both must sum to 1."""
     nats = _entropy_nats((p + q) / 2) - (_entropy_nats(p) + _entropy_nats(q)) / 2
     return float(np.clip(nats / np.log(2), 0.0, 1.0))
 
@@ -146,11 +146,11 @@ def routing_drift(
     """The drift of every layer on one set of probe tokens, layers in numeric order.
 
     Args:
-        base_counts: (layers, experts) rows that the frozen base (adapters off) sends to each expert.
-        counts: the same of the model in training, on the same tokens.
-        kept: (layers,) fraction of (token, choice) slots whose expert the base chooses for that token too.
-        base_probabilities: (layers, experts) router probabilities of the base, mean over the probe tokens.
-        probabilities: the same of the model in training.
+        base_counts: (layers, experts) rows of each expert in the frozen base (adapters off).
+        counts: likewise in the trained model, on the same tokens.
+        kept: (layers,) fraction of (token, choice) slots whose expert the base also chooses for that token.
+        base_probabilities: (layers, experts) mean router probabilities of the base over the probe tokens.
+        probabilities: likewise of the trained model.
     """
     assert len(layers) == len(base_counts) == len(counts) == len(kept), "one row of every array for each layer"
     order = np.argsort(np.asarray(layers)).tolist()
@@ -178,10 +178,10 @@ def _drift(layer: int, base_counts: NDArray[np.int64], counts: NDArray[np.int64]
 
 
 def noise_floor_bits(*, experts: int, rows: int) -> float:
-    """(experts - 1) / (4 rows) nats, in bits: the divergence of two independent samples of `rows` rows each.
+    """The expected divergence of two independent samples of `rows` rows: (experts - 1) / (4 rows) nats, in bits.
 
-    The probe routes the same tokens twice, so an unmoved router shows exactly 0; the floor is what the difference
-    between two random batches would look like, below which a drift says nothing about the load.
+    The probe routes the same tokens twice, so an unchanged router has a divergence of exactly 0. The floor is the
+    typical difference between two random batches; a smaller drift is not evidence of a changed load.
     """
     return (experts - 1) / (4 * rows * np.log(2)) if rows else 0.0
 
@@ -200,7 +200,7 @@ def _busiest_kept(before: NDArray[np.float64], now: NDArray[np.float64]) -> floa
 def routing_record(
     snapshot: RoutingSnapshot, measures: Sequence[LayerMeasures], drift: Sequence[LayerDrift] | None = None
 ) -> dict[str, Any]:
-    """The `routing` line of metrics.jsonl: the measures of every layer, with a `drift` object on a drift step."""
+    """The `routing` line of metrics.jsonl: the measures of every layer, and at drift steps a `drift` object each."""
     drifts = {d.layer: {k: v for k, v in asdict(d).items() if k != "layer"} for d in drift or ()}
     layers = []
     for measure in measures:
@@ -216,7 +216,7 @@ def routing_record(
 
 
 def recorded_drift(record: Mapping[str, Any]) -> list[LayerDrift]:
-    """The drift in a `routing` line read back from metrics.jsonl; empty where none was measured."""
+    """The drift in a `routing` line of metrics.jsonl; empty if none was measured."""
     measured = [(entry["layer"], entry["drift"]) for entry in record["layers"] if "drift" in entry]
     return [LayerDrift(layer=layer, **drift | {"gained": tuple(drift["gained"])}) for layer, drift in measured]
 
@@ -226,7 +226,7 @@ def snapshot_path(run: Path, step: int) -> Path:
 
 
 def write_snapshot(path: Path, snapshot: RoutingSnapshot) -> None:
-    """Write the raw counts as a compressed npz, whole or not at all."""
+    """Write the raw counts as a compressed npz file, atomically."""
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
@@ -239,7 +239,7 @@ def write_snapshot(path: Path, snapshot: RoutingSnapshot) -> None:
 
 
 def read_snapshot(path: str | Path) -> RoutingSnapshot:
-    """The snapshot that `write_snapshot` put at `path`.
+    """Read a file of `write_snapshot`.
 
     Raises:
         MonitoringError: no such file, or not a snapshot.

@@ -1,4 +1,4 @@
-"""The id under which Weights & Biases knows a run: made once, kept in the run folder and in every checkpoint."""
+"""The Weights & Biases id of a run: created once, stored in the run folder and in every checkpoint."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ _ID = re.compile(rb"[A-Za-z0-9_-]{1,128}")
 
 
 def run_id(run: Path) -> str:
-    """The W&B id of the run folder, from `wandb/run-id`; a new one if there is none yet, or none that can be read."""
+    """The W&B id of the run folder, from `wandb/run-id`; a new one is created if there is none or it is unreadable."""
     known = known_run_id(run)
     if known is not None:
         return known
@@ -24,7 +24,7 @@ def run_id(run: Path) -> str:
 
 
 def known_run_id(run: Path) -> str | None:
-    """The W&B id of the run folder; None if there is none that can be read."""
+    """The W&B id of the run folder, or None if there is none or it is unreadable."""
     path = run / "wandb" / "run-id"
     try:
         found = read_bytes(path).strip()
@@ -40,5 +40,5 @@ def known_run_id(run: Path) -> str | None:
 
 
 def keep_run_id(run: Path, known: str) -> None:
-    """Give the run folder the id that a checkpoint was stored with."""
+    """Store the id from a checkpoint in the run folder."""
     replace_file(run / "wandb" / "run-id", known.encode())

@@ -1,10 +1,9 @@
-"""Where records go. Every sink is fed the same records, and none of them can stop a run.
+"""Destinations of records. Every sink receives the same records, and none can stop a run.
 
-Sinks that take long (pictures, compressed files, W&B) are fed by one thread beside the training, in the same order. A
-kill loses the records that this thread has not written yet, at most `MOST_WAITING`; metrics.jsonl and the console are
-written before training goes on.
+Slow sinks (pictures, compressed files, W&B) are fed in order by a background thread. A kill loses the records that it
+has not written, at most `MOST_WAITING`. metrics.jsonl and the console are written synchronously.
 
-Only rank 0 holds sinks; another rank holds `Sinks([])`, so the training loop need not ask who it is.
+Only rank 0 has sinks. Other ranks use `Sinks([])`, so the training loop does not depend on the rank.
 """
 
 import contextlib
@@ -35,43 +34,43 @@ from monitoring.supersede import supersede_snapshots
 
 WandbMode = Literal["offline", "online", "off"]
 
-MOST_WAITING = 64  # records for the sinks beside the training; one of 48 layers with 512 experts holds 0.2 MB
+MOST_WAITING = 64  # queue length of the background sinks; a record of 48 layers with 512 experts holds 0.2 MB
 
 log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Somewhere that records go."""
+    """A destination of records."""
 
     name: str
 
     def write(self, record: Record) -> None:
-        """Take any record but a routing record."""
+        """Handle any record except a routing record."""
 
     def routing(self, snapshot: RoutingSnapshot, record: Record) -> None:
-        """Take the counts of one window and the `routing` record made from them."""
+        """Handle the counts of one window and the `routing` record computed from them."""
 
     def close(self) -> None:
-        """Finish what is pending; nothing is written afterwards."""
+        """Finish pending work; nothing is written afterwards."""
 
 
 class RoutingFiles:
-    """The sink that keeps raw counts, `routing/step-N.npz`, and the newest heat-map, `routing/heatmap.png`."""
+    """The sink for raw counts, `routing/step-N.npz`, and the latest heat-map, `routing/heatmap.png`."""
 
     name = "routing folder"
 
     def __init__(self, run: Path, after: int | None = None):
-        """Keep them in this run folder.
+        """Write to `routing/` in a run folder.
 
         Args:
-            after: the step from which the run continues, 0 for one that begins; None leaves all files where they are.
+            after: the step from which the run resumes, 0 for a new run; later files are moved. None: no file is moved.
         """
         self._run = run
         if after is not None and supersede_snapshots(run / "routing", after):
             self._redraw()
 
     def _redraw(self) -> None:
-        """Draw the newest counts that are left; the picture may show those of a step that is taken again."""
+        """Redraw the heat-map from the newest remaining counts, since it may show a step that will be repeated."""
         picture, left = self._run / "routing" / "heatmap.png", sorted((self._run / "routing").glob("step-*.npz"))
         if left:
             replace_file(picture, heatmap_png(read_snapshot(left[-1])))
@@ -79,27 +78,27 @@ class RoutingFiles:
             picture.unlink(missing_ok=True)
 
     def write(self, record: Record) -> None:
-        """Nothing: only counts are kept here."""
+        """Do nothing: only counts are stored here."""
 
     def routing(self, snapshot: RoutingSnapshot, record: Record) -> None:
         write_snapshot(snapshot_path(self._run, snapshot.step), snapshot)
         replace_file(self._run / "routing" / "heatmap.png", heatmap_png(snapshot))
 
     def close(self) -> None:
-        """Nothing: every file was whole when it was written."""
+        """Do nothing: every file is complete once written."""
 
 
 class Sinks:
-    """All the sinks of a run. One that raises is closed to further records, with one message; the others go on."""
+    """All sinks of a run. A sink that raises is logged and removed; the others continue."""
 
     def __init__(self, sinks: Sequence[Sink], beside: Sequence[Sink] = ()):
-        """Feed `sinks` at once, and those `beside` from a thread of their own."""
+        """Feed `sinks` synchronously, and `beside` from a background thread."""
         self._sinks, self._beside = list(sinks), list(beside)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sinks")
         self._room = threading.Semaphore(MOST_WAITING)
 
     def write(self, record: Record) -> None:
-        """Give a record to every sink, stamped with the time (`time`, seconds since 1970)."""
+        """Pass a record to every sink, with a time stamp added (`time`, seconds since 1970)."""
         assert "kind" in record, f"a record without a kind: {record}"
         stamped = {**record, "time": time.time()}
         self._feed(lambda sink: sink.write(stamped))
@@ -110,20 +109,20 @@ class Sinks:
         measures: Sequence[LayerMeasures],
         drift: Sequence[LayerDrift] | None = None,
     ) -> dict[str, Any]:
-        """Give one window's routing to every sink, and return its record for the health rules."""
+        """Pass one window's routing to every sink; returns its record for the health rules."""
         record = routing_record(snapshot, measures, drift) | {"time": time.time()}
         self._feed(lambda sink: sink.routing(snapshot, record))
         return record
 
     def close(self) -> None:
-        """Wait until every sink has all its records, and close them."""
+        """Wait until every sink has received all records, then close them."""
         self._feed(lambda sink: sink.close())
         self._thread.shutdown()
         self._sinks.clear()
         self._beside.clear()
 
     def _feed(self, act: Callable[[Sink], None]) -> None:
-        """Let every sink act: some now, the others as soon as they come to it; wait if they are far behind."""
+        """Call `act` for every sink, the background ones in their thread; blocks if its queue is full."""
         _each(self._sinks, act)
         if self._beside:
             self._room.acquire()
@@ -137,14 +136,14 @@ class Sinks:
 
 
 def _each(sinks: list[Sink], act: Callable[[Sink], None]) -> None:
-    """Let each of these act; one that raises leaves the list, with one message."""
+    """Call `act` for each sink; one that raises is logged and removed from the list."""
     for sink in list(sinks):
         try:
             act(sink)
         except Exception as error:
             sinks.remove(sink)
             log.warning("%s is off for the rest of this run: %s: %s", sink.name, type(error).__name__, error)
-            with contextlib.suppress(Exception):  # said once already; a bar must not go on drawing
+            with contextlib.suppress(Exception):  # already logged; a progress bar must stop drawing
                 sink.close()
 
 
@@ -158,19 +157,19 @@ def open_sinks(
     config: Mapping[str, Any],
     after: int | None = None,
 ) -> Sinks:
-    """The sinks of a real run, for rank 0: console, metrics.jsonl, the routing folder and W&B unless it is off.
+    """Create the sinks of rank 0: console, metrics.jsonl, the routing folder, and W&B unless off.
 
     Args:
-        run: the run folder; all files lie in it.
-        name: of the run, as W&B shows it.
-        steps: the last optimizer step, for the bar and the time left.
-        config: the effective recipe, as W&B shows it.
-        after: the step from which the run continues, 0 for one that begins: what was recorded of later steps is moved
-            aside, so that every step is recorded once. None leaves everything where it is.
+        run: the run folder, which holds all files.
+        name: name of the run in W&B.
+        steps: the last optimizer step, for the progress bar and the remaining time.
+        config: the effective recipe, for W&B.
+        after: the step from which the run resumes, 0 for a new run: records of later steps are moved aside, so that
+            every step is recorded once. None: nothing is moved.
     """
 
     def open_wandb() -> Sink:
-        # Imported here because it takes half a second, which a run without W&B need not pay.
+        # Imported here since it takes half a second, which only runs with W&B need.
         from monitoring.wandb_rows import lost_records, take_back_rows
         from monitoring.wandb_sink import Wandb
 
@@ -180,7 +179,7 @@ def open_sinks(
         for record in [] if held is None or after is None else lost_records(run, held, after):
             if record["kind"] != "routing":
                 sink.write(record)
-            elif (counts := snapshot_path(run, record["step"])).exists():  # else lost too
+            elif (counts := snapshot_path(run, record["step"])).exists():  # otherwise its counts are lost too
                 sink.routing(read_snapshot(counts), record)
         return sink
 
@@ -195,7 +194,7 @@ def open_sinks(
 
 
 def _opened(openers: Mapping[str, Callable[[], Sink]]) -> list[Sink]:
-    """The sinks that can be opened; of the others it is said that they are off."""
+    """The sinks that can be opened; the others are logged as off."""
     sinks = []
     for what, open_sink in openers.items():
         try:
@@ -208,7 +207,7 @@ def _opened(openers: Mapping[str, Callable[[], Sink]]) -> list[Sink]:
 
 
 def how_to_get(error: ModuleNotFoundError) -> str:
-    """Which package is missing, and the command that installs it where this process looks for it."""
+    """The missing package, and the command that installs it into this Python."""
     module = (error.name or "").partition(".")[0]
     package = {"PIL": "pillow"}.get(module, module)
     return f"the package {package} is not installed; get it with: {sys.executable} -m pip install {package}"

@@ -1,7 +1,7 @@
-"""What a run takes back when it continues from a checkpoint: the records of later steps, which it will take again.
+"""Moving aside of records of steps that a resumed run will repeat.
 
-A killed run has usually gone further than its newest checkpoint. Its records of those steps are moved aside, so that
-metrics.jsonl, routing/ and an offline W&B run hold every step once, for any reader; none is deleted.
+A killed run has usually passed its newest checkpoint. Its records of later steps are moved, so that metrics.jsonl,
+routing/ and an offline W&B run hold every step once. None is deleted.
 """
 
 import json
@@ -14,10 +14,10 @@ ASIDE = "superseded"
 
 
 def supersede_lines(path: Path, after: int) -> int:
-    """Move the lines of metrics.jsonl that belong to steps after `after` to metrics.superseded.jsonl; how many.
+    """Move lines of steps after `after` from metrics.jsonl to metrics.superseded.jsonl; returns their number.
 
-    With `after` 0 the run begins anew, and all of them are moved. The order of all lines stays. A kill in between
-    leaves the lines in both files, and the next call completes it.
+    If `after` is 0, the run starts again and all lines are moved. The order of lines is preserved. If the process is
+    killed in between, the lines are in both files and the next call completes the move.
     """
     if not path.exists():
         return 0
@@ -35,12 +35,12 @@ def supersede_lines(path: Path, after: int) -> int:
 
 
 def aside_of(path: Path) -> Path:
-    """Where the lines of this file go: `metrics.superseded.jsonl` for metrics.jsonl."""
+    """The file for moved lines: `metrics.superseded.jsonl` for metrics.jsonl."""
     return path.with_name(f"{path.stem}.{ASIDE}{path.suffix}")
 
 
 def _step_of_line(line: bytes) -> float:
-    """The step of a line; 0 for one that says none, which is left to its readers."""
+    """The step of a line; 0 if it has none or is invalid, which readers of the file report."""
     try:
         record: Any = json.loads(line)
     except (ValueError, RecursionError):
@@ -50,7 +50,7 @@ def _step_of_line(line: bytes) -> float:
 
 
 def supersede_snapshots(folder: Path, after: int) -> int:
-    """Move `step-N.npz` of steps after `after`, of all if it is 0, to `superseded/` in the same folder; how many."""
+    """Move `step-N.npz` of steps after `after` (all if 0) to `superseded/` in the folder; returns their number."""
     moved = [path for path in sorted(folder.glob("step-*.npz")) if after == 0 or _step_of_file(path) > after]
     for path in moved:
         (folder / ASIDE).mkdir(exist_ok=True)
@@ -64,7 +64,7 @@ def _step_of_file(path: Path) -> int:
 
 
 def _free_name(path: Path) -> Path:
-    """The path, with a number behind its name if it is in use: the same step may be taken back more than once."""
+    """The path, with a number appended if it exists: the same step may be superseded repeatedly."""
     number, free = 1, path
     while free.exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Expert utilisation as text: one line a layer, with the spread of its load drawn in block characters."""
+"""Expert utilisation as text: one line a layer, with its load drawn in block characters."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,9 +11,9 @@ from monitoring.console import open_console
 from monitoring.routing import LayerDrift, LayerMeasures, RoutingSnapshot
 
 BLOCKS, ASCII_BLOCKS = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
-FULL_BLOCK = 4.0  # times the mean load; an even layer is a flat line at a quarter of the height
+FULL_BLOCK = 4.0  # times the mean load; an even layer is a line at a quarter of the height
 MOST_COLUMNS = 64
-NUMBERS_WIDTH = 64  # columns that everything but the drawing needs
+NUMBERS_WIDTH = 64  # columns of everything except the drawing
 
 
 def utilisation_table(
@@ -25,11 +25,11 @@ def utilisation_table(
     columns: int = MOST_COLUMNS,
     unicode: bool = True,
 ) -> Table:
-    """How each layer used its experts in the window of `snapshot`.
+    """A table of how each layer used its experts in the window of `snapshot`.
 
     Args:
-        kinds: what mixes tokens in each layer ("attention", "DeltaNet"), by layer number.
-        columns: room for the drawing; experts share a column, as their mean, when there are more of them.
+        kinds: the token mixer of each layer ("attention", "DeltaNet"), by layer number.
+        columns: maximum width of the drawing; if there are more experts, a column shows the mean of several.
     """
     drifts = {d.layer: d for d in drift or ()}
     shared = _experts_per_column(snapshot.experts, columns)
@@ -66,7 +66,7 @@ def print_utilisation(
     kinds: Mapping[int, str] | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the table in the width there is, 100 columns when output is a file or a pipe, in ASCII where it must be."""
+    """Print the table in the width of the output (100 columns for a file or a pipe), in ASCII if it is not UTF."""
     console = console or open_console()
     unicode = console.encoding.lower().startswith("utf")
     columns = min(MOST_COLUMNS, max(8, console.width - NUMBERS_WIDTH))
@@ -76,9 +76,9 @@ def print_utilisation(
 
 
 def load_row(counts: NDArray[np.int64], *, columns: int = MOST_COLUMNS, unicode: bool = True) -> str:
-    """One layer's load as a row of bars: blank without rows, a quarter high at the mean, full from four times the mean.
+    """One layer's load as a row of bars: blank for no rows, a quarter high at the mean, full from four times the mean.
 
-    Experts share a column, as their mean, when there are more than `columns` of them.
+    If there are more than `columns` experts, each bar is the mean of several.
     """
     blocks = BLOCKS if unicode else ASCII_BLOCKS
     width = _experts_per_column(counts.size, columns)
@@ -86,11 +86,11 @@ def load_row(counts: NDArray[np.int64], *, columns: int = MOST_COLUMNS, unicode:
     load = np.add.reduceat(counts, starts) / np.diff(starts, append=counts.size)
     top = FULL_BLOCK * counts.mean()
     heights = (np.clip(load / top, 0.0, 1.0) * 8).round() if top else np.zeros(len(starts))
-    visible = np.maximum(heights, load > 0).astype(int)  # blank is kept for experts without a row
+    visible = np.maximum(heights, load > 0).astype(int)  # blank is reserved for experts without a row
     return "".join(blocks[height] for height in visible)
 
 
 def _experts_per_column(experts: int, columns: int) -> int:
-    """The smallest number that fits, and divides the experts evenly if such a one is at most twice as large."""
+    """The smallest number that fits, or one less than twice as large that divides the experts evenly."""
     least = -(-experts // columns)
     return next((width for width in range(least, 2 * least) if experts % width == 0), least)

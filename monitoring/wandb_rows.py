@@ -1,10 +1,10 @@
-"""Rows of an offline W&B run after a kill: those of superseded steps are taken back, those that were lost are found.
+"""Repair of an offline W&B run after a kill: rows of superseded steps are removed, and lost rows are found.
 
-`wandb sync` sends the parts of a run one after the other and merges nothing, so a step that a killed part and the part
-that continued it both hold would be sent twice; and what W&B had not written when it was killed is in metrics.jsonl.
+`wandb sync` sends the parts of a run one after another without merging, so a step held both by a killed part and by
+the part that resumed it would be sent twice. Rows that W&B had not written when it was killed are in metrics.jsonl.
 
-A .wandb file is a log of protobuf records in LevelDB's form: 7 bytes of header, then blocks of 32 KiB that hold chunks
-of (checksum, length, kind, data); a record lies in one chunk or in a first, middle ones and a last.
+A .wandb file is a log of protobuf records in LevelDB's format: a header of 7 bytes, then blocks of 32 KiB with chunks
+of (checksum, length, kind, data). A record is one chunk, or a first, middle ones and a last.
 """
 
 import logging
@@ -30,13 +30,16 @@ log = logging.getLogger(__name__)
 
 
 def take_back_rows(wandb_folder: Path, run_id: str, after: int) -> int | None:
-    """Drop the history of steps after `after` from every offline part of this run; the last step that they then hold.
+    """Remove history rows of steps after `after` from every offline part of this run.
 
-    The part as it was goes to `superseded/`. One that was sent already, or cannot be read, is left as it is; the latter
-    with a message. -1 if no part holds a row, None if it cannot be told.
+    The original part is copied to `superseded/`. A part that was already sent, or cannot be read, is left unchanged;
+    the latter is logged.
+
+    Returns:
+        The last step that the parts then hold: -1 if no part holds a row, None if unknown.
     """
     parts = sorted(wandb_folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    online = any(wandb_folder.glob(f"run-*-{run_id}"))  # its rows are with W&B alone
+    online = any(wandb_folder.glob(f"run-*-{run_id}"))  # then some rows are only with W&B
     last: int | None = -1 if parts and not online else None
     for path in parts:
         try:
@@ -56,30 +59,30 @@ def take_back_rows(wandb_folder: Path, run_id: str, after: int) -> int | None:
 
 def _keep_aside(path: Path, to: Path) -> None:
     aside = to / path.parent.name / path.name
-    if not aside.exists():  # else it holds more than this
+    if not aside.exists():  # an existing copy holds at least as much
         aside.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, aside)
 
 
 def lost_records(run: Path, held: int, after: int) -> Iterator[Record]:
-    """Records of metrics.jsonl that become rows, of the steps after `held` up to `after`."""
+    """Records of metrics.jsonl that become W&B rows, of steps after `held` and up to `after`."""
     for record in read_metrics(run / "metrics.jsonl"):
         if record["kind"] in ("train", "eval", "routing") and held < record["step"] <= after:
             yield record
 
 
 def read_log(contents: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file; a last one that was cut short by a kill is left out.
+    """The records of a .wandb file; an incomplete last one is ignored.
 
     Raises:
-        ValueError: not such a file, or a checksum that does not fit.
+        ValueError: not a .wandb file, or a wrong checksum.
     """
     if not contents.startswith(HEADER):
         raise ValueError("not a log of W&B")
     at, pending = len(HEADER), b""
     while at + CHUNK.size <= len(contents):
         left = BLOCK - at % BLOCK
-        if left < CHUNK.size:  # the rest of a block that has no room for a chunk
+        if left < CHUNK.size:  # the end of a block, too small for a chunk
             at += left
             continue
         checksum, size, kind = CHUNK.unpack_from(contents, at)
@@ -95,7 +98,7 @@ def read_log(contents: bytes) -> Iterator[bytes]:
 
 
 def write_log(records: Iterable[bytes]) -> bytes:
-    """A .wandb file of these records."""
+    """The contents of a .wandb file with these records."""
     file = bytearray(HEADER)
     for record in records:
         rest, is_first = memoryview(record), True
@@ -116,6 +119,6 @@ def _checksum(kind: int, data: bytes | memoryview) -> int:
 
 
 def _step_of_row(record: bytes) -> int | None:
-    """The step of a row of history; None for any other record."""
+    """The step of a history record; None for any other record."""
     read = wandb_internal_pb2.Record.FromString(record)
     return int(read.history.step.num) if read.WhichOneof("record_type") == "history" else None

@@ -1,8 +1,8 @@
-"""The W&B sink: scalars, one histogram of expert load a layer, a heat-map, alerts. Offline unless told otherwise.
+"""The W&B sink: scalars, a histogram of expert load for each layer, a heat-map, alerts. Offline by default.
 
-An offline run needs no account and no network; `wandb sync` sends it later. A resumed run keeps its id, so that its
-parts become one run when they are sent. Of the steps that a run takes again after a kill, an offline run holds the
-later rows (monitoring/wandb_rows.py), an online one the earlier, since W&B ignores a row of a step that it has.
+An offline run needs neither account nor network; `wandb sync` sends it later. A resumed run keeps its id, so that its
+parts become one run. Of steps repeated after a kill, an offline run holds the later rows (monitoring/wandb_rows.py), an
+online one the earlier rows, since W&B ignores further rows of a known step.
 """
 
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Wandb:
-    """The sink that writes a W&B run into `run/wandb/`. Prints nothing itself."""
+    """The sink that writes a W&B run into `run/wandb/`, without console output of its own."""
 
     name = "W&B"
 
@@ -41,14 +41,14 @@ class Wandb:
         self._run.define_metric(STEP)
         for pattern in ("train/*", "eval/*", "routing/*"):
             self._run.define_metric(pattern, step_metric=STEP)
-        # Without this every histogram is stored twice, the second time as the run's summary.
+        # Otherwise every histogram is stored twice, the second time in the run's summary.
         self._run.define_metric("moe/*", step_metric=STEP, summary="none")
 
     def write(self, record: Record) -> None:
         kind = record["kind"]
         if kind in ("train", "eval"):
             self._log(record["step"], {f"{kind}/{key}": value for key, value in _scalars(record).items()})
-        elif kind == "finding" and record["level"] in ALERT_LEVELS:  # alerts become mail: not for what is only info
+        elif kind == "finding" and record["level"] in ALERT_LEVELS:  # alerts are sent by mail, so not for `info`
             self._run.alert(_title(record), record["message"], level=ALERT_LEVELS[record["level"]])
         elif kind == "end":
             self._ended = True
@@ -68,15 +68,15 @@ class Wandb:
         self._run.finish(exit_code=0 if self._ended else 1)
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        # The step is ours, given every time: W&B's own counter starts at 0 again in a resumed offline run.
+        # The step is passed explicitly: W&B's own counter restarts at 0 in a resumed offline run.
         self._run.log({STEP: step, **values}, step=step)
 
 
 def open_run(
     run: Path, *, name: str, mode: Literal["offline", "online"], project: str, config: Mapping[str, Any]
 ) -> "wandb.Run":
-    """A W&B run with its files in the run folder. Online without a key or a connection becomes offline, and says so."""
-    # Else a terminal is asked for a key for ever.
+    """Start a W&B run with its files in the run folder; without key or connection, log it and fall back to offline."""
+    # Otherwise a terminal is asked for a key, without a timeout.
     wandb.setup(settings=wandb.Settings(silent=True, login_timeout=30))
     settings = wandb.Settings(silent=True, console="off", disable_code=True, init_timeout=60, finish_timeout=120)
     given: dict[str, Any] = {"dir": run, "id": run_id(run), "name": name, "project": project, "settings": settings}
@@ -97,19 +97,19 @@ def open_run(
 
 
 def binned(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Counts and bin edges over expert ids: one bin an expert, or as few neighbours a bin as W&B's limit allows."""
+    """Counts and bin edges over expert ids: one expert a bin, or as few neighbours as W&B's limit allows."""
     width = -(-counts.size // MOST_BINS)
     edges = np.append(np.arange(0, counts.size, width), counts.size)
     return np.add.reduceat(counts, edges[:-1]), edges
 
 
 def _digits(snapshot: RoutingSnapshot) -> int:
-    """Digits of the largest layer number, at least two: W&B sorts names as text."""
+    """Digits of the largest layer number, at least two, since W&B sorts names as text."""
     return max(2, len(str(max(snapshot.layers, default=0))))
 
 
 def _overview(record: Record) -> dict[str, int | float]:
-    """The worst layer of each measure: what two runs are compared by."""
+    """The worst layer's value of each measure, for comparing runs."""
     layers = record["layers"]
     drifts = [layer["drift"] for layer in layers if "drift" in layer]
     overview = {

@@ -1,4 +1,4 @@
-"""`export`: a checkpoint of a run as a folder that other tools load."""
+"""`export`: write a checkpoint of a run as a folder that other tools load."""
 
 import functools
 import math
@@ -23,14 +23,14 @@ from finetune.recipe.paths import is_hub_id, resolve
 from finetune.run.folder import FREE, finished_step
 from finetune.run.stored_recipe import RunRecipe, file_note, recipe_in, run_recipe
 
-COMMAND = "python -m finetune export"  # who writes an export, unless somebody else says so
+COMMAND = "python -m finetune export"  # default `written_by` of an export
 
 
 class Base(NamedTuple):
-    """The base of a run as it is found now."""
+    """The base of a run at its current place."""
 
     folder: Path
-    name: str  # for whoever loads an adapter: a hub id, or an absolute path
+    name: str  # for users of an adapter: a hub id, or an absolute path
 
 
 def export_run(
@@ -42,17 +42,18 @@ def export_run(
     base: str | Path | None = None,
     writer: str = COMMAND,
 ) -> int:
-    """Export a checkpoint of a run, as one merged model or as an adapter.
+    """Export a checkpoint of a run as a merged model or as an adapter.
 
     Args:
         kind: merged or adapter.
         which: newest, best or step-N.
-        base: folder of the base weights; by default what the checkpoint names.
-        writer: who asks for it. Another one than the command replaces what it wrote itself and leaves all else alone.
+        base: folder of the base weights; by default the one in the checkpoint's recipe.
+        writer: name of the caller, stored in the mark. Any other than the command may replace its own exports, and
+            touches no other folder.
 
     Raises:
-        CheckpointError: no such whole checkpoint, or what was trained does not fit the base or the format.
-        RecipeError: `run` is not the folder of a run.
+        CheckpointError: no such whole checkpoint, or the trained tensors do not match the base or the format.
+        RecipeError: `run` is not a run folder.
     """
     run, to = Path(run), Path(to)
     if os.path.realpath(run / "checkpoints") in map(str, Path(os.path.realpath(to)).parents):
@@ -90,7 +91,7 @@ def export_run(
 
 
 def _is_due(to: Path, sha256: str, writer: str, command: str) -> bool:
-    """Whether an export that nobody asked for by name is to be written; says why not."""
+    """Whether an automatic export should be written; prints why not."""
     if not to.exists():
         return True
     try:
@@ -106,7 +107,7 @@ def _is_due(to: Path, sha256: str, writer: str, command: str) -> bool:
 
 def _recipe(run: Path, state: Mapping[str, Any], checkpoint: Path) -> RunRecipe:
     stored = recipe_in(state, checkpoint)
-    if stored is None:  # of an earlier version
+    if stored is None:  # written by an earlier version
         stored = run_recipe(run)
         if stored is None:
             raise CheckpointError(f"{checkpoint}: holds no recipe, and {run} no recipe.yaml; put the file back")
@@ -146,7 +147,7 @@ def _split(
         dropout=lora.get("dropout", 0.0),
         rslora=lora.get("use_rslora", False),
     )
-    trained = state.get("adapter")  # None in an earlier version
+    trained = state.get("adapter")  # None in checkpoints of an earlier version
     if adapter is None or trained is None:
         return adapter, replaced
     if trained["rank"] != adapter.rank or not math.isclose(trained["scaling"], adapter.scaling):

@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained, on what, and what came of it. Names files, but no folder of theirs."""
+"""The model card of an export: what was trained, on what data, and the result. File names are given without folders."""
 
 import datetime
 import json
@@ -22,7 +22,7 @@ _LICENCE_FILES = ("LICENSE", "LICENCE")
 
 
 class Exported(NamedTuple):
-    """What is exported, and from where."""
+    """The export that a card describes, and its origin."""
 
     kind: str  # merged or adapter
     run: Path
@@ -36,7 +36,7 @@ _OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adafactor": "Ada
 
 
 def model_card(exported: Exported) -> str:
-    """The text of README.md."""
+    """The text of the export's README.md."""
     base = _shown(exported.base_name)
     of_base = " Its card is `README.base.md`." if (exported.base / "README.md").exists() else ""
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(exported, base))
@@ -67,7 +67,7 @@ def model_card(exported: Exported) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Nextune and the libraries that an export is written with."""
+    """The versions of Nextune and of the libraries that write an export."""
     with (CHECKOUT / "pyproject.toml").open("rb") as file:
         ours = tomllib.load(file)["project"]["version"]
     return {"nextune": ours, **{name: metadata.version(name) for name in _LIBRARIES}}
@@ -168,7 +168,7 @@ def _licence(base: Path) -> str:
 
 
 def _card_of(base: Path) -> dict[str, Any]:
-    """What the card of the base says about itself; nothing where it cannot be read."""
+    """Metadata in the base's model card; empty if it cannot be read."""
     if not (base / "README.md").is_file():
         return {}
     try:

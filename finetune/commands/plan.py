@@ -1,4 +1,4 @@
-"""`plan` and `ranks`: what a run needs, and how many ranks this machine starts. Import no torch."""
+"""`plan` and `ranks`: the resources of a run, and the number of ranks on this machine. Imports no torch."""
 
 import os
 import shutil
@@ -21,17 +21,20 @@ from finetune.training.epochs import planned_steps, tokenizer_folder
 
 
 def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_gib: float | None, links: Links) -> int:
-    """Print what the run needs; exit code 1 when it does not fit.
+    """Print the resources that the run needs.
 
     Args:
-        ranks: plan for so many ranks instead of this machine's GPUs, or the recipe's number where there are none.
-        nodes: machines that the ranks are spread over; by default one, or one for every 8 of planned GPUs.
-        device_gib: memory of each rank's GPU, for planning on a machine that has none.
-        links: what the links between ranks carry.
+        ranks: number of ranks to plan for; by default that of this machine's GPUs, or the recipe's if it has none.
+        nodes: number of machines; by default one, or with `device_gib` one for every 8 ranks.
+        device_gib: memory of each rank's GPU in GiB, to plan without a GPU.
+        links: bandwidths between ranks.
+
+    Returns:
+        The exit code: 1 if the run does not fit.
 
     Raises:
-        RecipeError: more machines than ranks, or a recipe that does not divide over the ranks.
-        DataError: the tokenizer has tokens for which the model has no row.
+        RecipeError: more machines than ranks, or a recipe that the number of ranks does not divide.
+        DataError: the tokenizer has tokens without a row in the embedding.
     """
     config, source = model_config(recipe)
     folder = tokenizer_folder(recipe)
@@ -49,7 +52,7 @@ def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_g
 
 
 def _refusals_here(recipe: Recipe) -> list[str]:
-    """Why the run could not be put where the recipe says, on this machine; it may be planned for another one."""
+    """Why the run folder cannot be used on this machine, as notes; the plan may be for another machine."""
     try:
         check_place(folder_of(recipe))
     except RecipeError as error:
@@ -58,7 +61,7 @@ def _refusals_here(recipe: Recipe) -> list[str]:
 
 
 def print_ranks(recipe: Recipe) -> int:
-    """Print how many ranks to start here; on standard error, when GPUs stay unused, that they do."""
+    """Print the number of ranks to start here; on standard error, whether GPUs stay unused."""
     here = len(gpus())
     ranks = ranks_here(recipe, here)
     if ranks < here:

@@ -1,4 +1,4 @@
-"""How many ranks a machine starts for a recipe, and what becomes of the recipe on another number of them."""
+"""The number of ranks for a recipe on this machine, and adaptation of the recipe to another number."""
 
 import math
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from finetune.recipe.recipe import Recipe, batch_problem
 
 
 def ranks_here(recipe: Recipe, gpu_count: int) -> int:
-    """How many ranks to start on a machine with so many GPUs: the most that the recipe's experts and batch divide over.
+    """The number of ranks to start on `gpu_count` GPUs: the largest that suits the experts and the batch.
 
-    Without a GPU it is what the recipe says. One rank always serves, since it can hold every expert.
+    Without a GPU it is the recipe's. One rank is always possible, since it can hold every expert.
     """
     if not gpu_count:
         return recipe.parallel.ranks
@@ -23,11 +23,11 @@ def ranks_here(recipe: Recipe, gpu_count: int) -> int:
 
 
 def fit_to_ranks(recipe: Recipe, size: int, say: Callable[[str], None]) -> Recipe:
-    """The recipe with the expert parallel size that so many ranks allow; said aloud when it is another than written.
+    """The recipe with an expert parallel size that divides the number of ranks; reported if it differs from the recipe.
 
-    A run that goes on with fewer ranks than its recipe was written for shares the experts out over the most ranks that
-    divide both. Only memory and speed depend on it, and the plan says whether there is room. The global batch stays as
-    it is; `accumulation` refuses a number of ranks that it does not divide over.
+    With fewer ranks than in the recipe, the experts are partitioned over the greatest common divisor of both sizes.
+    This affects only memory and speed; the plan reports whether it fits. The global batch is unchanged; `accumulation`
+    rejects a number of ranks that does not divide it.
     """
     parallel = recipe.parallel
     expert = math.gcd(parallel.expert, size) if size < parallel.ranks else parallel.expert

@@ -1,7 +1,7 @@
-"""A step that was not finite, taken again: the batch that `crash/step-N/` keeps, forwarded through a folder's weights.
+"""Replay of a step that was not finite: its batch, stored in `crash/step-N/`, is forwarded through a folder's weights.
 
-On the CPU, without training: what remains is the data and the weights. To replay it with what the run had learnt,
-export its checkpoint as a merged model and name that folder.
+Runs on the CPU without training, so only data and weights can be the cause. To replay it with a run's trained weights,
+export its checkpoint as a merged model and pass that folder.
 """
 
 from pathlib import Path
@@ -23,18 +23,18 @@ BATCH = ("input_ids", "labels", "segment_ids")
 
 
 def replay(kept: str | Path, folder: str | Path | None) -> int:
-    """Print the loss of every sequence of a kept step, as it was and as it is now.
+    """Print the loss of every sequence of a stored step, then and now.
 
     Args:
         kept: `RUN/crash/step-N`.
-        folder: of the weights; by default the base of the run.
+        folder: folder of the weights; by default the base of the run.
 
     Returns:
-        0 when the same sequences are not finite as then, else 1.
+        0 if the same sequences are not finite as in the run, else 1.
 
     Raises:
-        CheckpointError: the step or the weights cannot be read, or the base is no longer the one of that step.
-        RecipeError: `kept` does not lie in the folder of a run.
+        CheckpointError: the step or the weights cannot be read, or the base has changed since that step.
+        RecipeError: `kept` is not in a run folder.
     """
     kept = Path(kept)
     folder = Path(folder) if folder is not None else None
@@ -65,10 +65,10 @@ def _verdict(same: bool) -> str:
 
 
 def read_step(kept: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the facts that `keep_batch` wrote.
+    """Read the tensors and facts written by `keep_batch`.
 
     Raises:
-        CheckpointError: there are none, or they cannot be read.
+        CheckpointError: they are missing or cannot be read.
     """
     path = kept / "batches.safetensors"
     try:
@@ -82,7 +82,7 @@ def read_step(kept: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _fits(tensors: dict[str, Tensor]) -> bool:
-    """Whether these are the tensors of a batch: (micro-batches, ranks, packs, tokens), and one number for each pack."""
+    """Whether the tensors are those of a batch: (micro-batches, ranks, packs, tokens), and one number for each pack."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     batch = shapes.get("input_ids", ())
     of_tokens = all(shapes.get(name) == batch for name in BATCH)
@@ -91,7 +91,7 @@ def _fits(tensors: dict[str, Tensor]) -> bool:
 
 @torch.no_grad()
 def losses_of_step(model: HybridMoEForCausalLM, tensors: dict[str, Tensor]) -> Tensor:
-    """Summed loss of every pack by itself, without dropout: (micro-batches, ranks, packs), float64."""
+    """Summed loss of every pack, forwarded alone without dropout: (micro-batches, ranks, packs), float64."""
     model.eval()
     losses = torch.zeros(tensors["packs"].shape, dtype=torch.float64)
     for at in _places(tensors["packs"]):

@@ -1,4 +1,4 @@
-"""What a user should know of a run although it can start; said by `plan` and at the start."""
+"""Notes about a run that can start; printed by `plan` and at the start of training."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from finetune.run.place import place_notes
 
 
 def start_notes(recipe: Recipe, config: ModelConfig, folder: Path) -> list[str]:
-    """One sentence each: settings without effect, positions beyond the base's, what the adapter cannot be used for.
+    """One sentence each: settings without effect, positions beyond the base's, limits of the adapter, the run folder.
 
     Args:
-        config: of the base model.
-        folder: of the run, which need not exist.
+        config: configuration of the base model.
+        folder: the run folder, which need not exist.
     """
     sentences = notes(recipe)
     tokens, positions = recipe.train.sequence_tokens, config.max_position_embeddings
