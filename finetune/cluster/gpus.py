@@ -1,4 +1,4 @@
-"""The GPUs that torch would use here, asked of the driver: importing torch for it takes seconds."""
+"""The GPUs that torch would use, queried from the driver, since importing torch takes seconds."""
 
 import ctypes
 import functools
@@ -13,7 +13,7 @@ _NAME_BYTES = 256
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device, as CUDA describes it."""
+    """A CUDA device."""
 
     name: str
     memory_bytes: int
@@ -21,12 +21,12 @@ class Gpu:
 
 @functools.cache
 def gpus() -> tuple[Gpu, ...]:
-    """The GPUs of this machine that CUDA_VISIBLE_DEVICES leaves; none where torch was built without CUDA."""
+    """The GPUs visible under CUDA_VISIBLE_DEVICES; none if torch was built without CUDA."""
     return _of_driver() if _torch_has_cuda() else ()
 
 
 def _torch_has_cuda() -> bool:
-    """What `torch.version.cuda` says, read from its file."""
+    """Whether `torch.version.cuda` is set, read from its file without importing torch."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return False
@@ -34,7 +34,7 @@ def _torch_has_cuda() -> bool:
 
 
 def _of_driver(library: str = _DRIVER) -> tuple[Gpu, ...]:
-    """What the CUDA driver lists; nothing where there is no driver, or it has no device."""
+    """The devices that the CUDA driver lists; empty without driver or device."""
     try:
         cuda = ctypes.CDLL(library)
     except OSError:

@@ -1,7 +1,7 @@
-"""Several machines: a hostfile, and one command started on each of its hosts by ssh.
+"""Runs over several machines: reading a hostfile, and starting a command on each of its hosts by ssh.
 
-Every host's command gets an input that stays open for as long as this process lives and wants it to run. When it ends,
-for whatever reason, the host's `launch.sh` stops its ranks; so nothing is left behind even if this process is killed.
+Every host's command has a standard input that is open while this process lives and wants it to run. When the input
+closes, for whatever reason, the host's `launch.sh` stops its ranks, so none survive even if this process is killed.
 """
 
 import os
@@ -19,33 +19,33 @@ from types import FrameType
 from finetune.recipe.messages import shown
 from monitoring.json_file import FileError, read_bytes
 
-# Settings of the libraries below us that a user makes here and means everywhere. No tokens: a command line is public.
+# Environment variables of libraries that apply to every host. No tokens: command lines are public.
 FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
-# A host that is switched off ends its ssh after a minute instead of never.
+# The ssh of a host that is switched off ends after a minute.
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 MOST_BYTES = 1 << 20
-SECONDS_TO_SPEAK = 30  # for the other hosts to notice by themselves, and say so, that one has failed
-SECONDS_TO_END = 660  # launch.sh on a host gives its ranks ten minutes to save
-SECONDS_TO_REPEAT = 2  # a signal that comes again within these is still the first: `timeout` sends it twice
+SECONDS_TO_SPEAK = 30  # for the other hosts to notice a failure and report it
+SECONDS_TO_END = 660  # launch.sh gives a host's ranks ten minutes to save
+SECONDS_TO_REPEAT = 2  # a signal repeated within this time counts as one: `timeout` sends it twice
 
 
 class HostError(ValueError):
-    """A hostfile that cannot be read, or a host that is not in it."""
+    """An unreadable hostfile, or a host that is not in it."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """One line of a hostfile: a name that ssh and the other hosts know, and how many ranks to start there."""
+    """One line of a hostfile: the host's name for ssh and for other hosts, and its number of ranks."""
 
     name: str
     slots: int
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of a file in DeepSpeed's format, `NAME slots=N` a line; the ranks are numbered in this order.
+    """Read a hostfile in DeepSpeed's format, `NAME slots=N` a line; ranks are numbered in this order.
 
     Raises:
-        HostError: no such file, a line that is none, a host twice, or no host at all.
+        HostError: no such file, an invalid line, a repeated host, or no host.
     """
     try:
         lines = read_bytes(path, MOST_BYTES).decode().splitlines()
@@ -69,10 +69,10 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def describe(hosts: Sequence[Host], node: int) -> str:
-    """Ranks in all, hosts, ranks on host `node`, and the address of the first host; what `launch.sh` reads.
+    """Total ranks, number of hosts, ranks on host `node`, and address of the first host; parsed by `launch.sh`.
 
     Raises:
-        HostError: there is no such host.
+        HostError: no such host.
     """
     if not 0 <= node < len(hosts):
         raise HostError(f"--node-rank {node}: the hostfile names {len(hosts)} host(s), numbered from 0")
@@ -80,22 +80,25 @@ def describe(hosts: Sequence[Host], node: int) -> str:
 
 
 def address(host: Host) -> str:
-    """Where the other hosts find it: its name without the user that ssh may need."""
+    """The address by which other hosts reach it: its name without the user for ssh."""
     return host.name.rpartition("@")[2]
 
 
 def run_on_hosts(hosts: Sequence[Host], command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run `command --node-rank I` on every host, in the current folder there; the exit code of the first that failed.
+    """Run `command --node-rank I` on every host, in the current folder.
 
-    When one fails the others are given time to say what they see, then they are stopped. A signal to this process
-    stops them at once. The code is 0 when all of them then stopped in order, but 130 after an interrupt: a list of
-    commands must not go on after Ctrl-C.
+    When one host fails, the others get time to report, then they are stopped. A signal to this process stops them
+    immediately.
+
+    Returns:
+        The exit code of the first host that failed. 0 after a signal if all stopped in order, but 130 after an
+        interrupt, so that a list of shell commands ends at Ctrl-C.
     """
     forwarded = [f"{name}={value}" for name, value in environment.items() if name.startswith(FORWARDED)]
     running: dict[str, subprocess.Popen[bytes]] = {}
     for node, host in enumerate(hosts):
         words = shlex.join(["env", *forwarded, *command, "--node-rank", str(node)])
-        # A group of its own: an interrupt typed here is for this process, which stops the hosts in order.
+        # A separate session: Ctrl-C only reaches this process, which stops the hosts in order.
         running[host.name] = subprocess.Popen(
             [*SSH, host.name, f"cd {shlex.quote(os.getcwd())} && exec {words}"],
             stdin=subprocess.PIPE,
@@ -105,12 +108,12 @@ def run_on_hosts(hosts: Sequence[Host], command: Sequence[str], environment: Map
 
 
 class _Watch:
-    """Waits for one process a host, and stops the rest when one fails or the user asks."""
+    """Waits for one process for each host, and stops all when one fails or on a signal."""
 
     def __init__(self, running: dict[str, "subprocess.Popen[bytes]"]):
         self.running = running
         self.code = 0
-        self.asked, self.asked_at = 0, 0.0  # the first signal, and its time.monotonic()
+        self.asked, self.asked_at = 0, 0.0  # the first signal, and when it came (time.monotonic())
         self.stop_at: float | None = None  # time.monotonic() at which the others are stopped
         self.kill_at: float | None = None
 
@@ -157,7 +160,7 @@ class _Watch:
         self.stop_at = 0.0
 
     def _stop(self, now: float) -> None:
-        """End every host's input, which its launch.sh takes as a wish to stop."""
+        """Close every host's standard input, which requests a stop from its launch.sh."""
         self.stop_at, self.kill_at = None, self.kill_at or now + SECONDS_TO_END
         for process in self.running.values():
             assert process.stdin is not None
@@ -171,7 +174,7 @@ class _Watch:
 
 
 def _code_of(number: int) -> int:
-    """Exit code after a signal; HUP counts as TERM."""
+    """Exit code after a signal; SIGHUP counts as SIGTERM."""
     return 128 + (signal.SIGTERM if number == signal.SIGHUP else number)
 
 

@@ -1,21 +1,21 @@
-"""A rank that SLURM started: its place among the ranks, out of the variables that `srun` gives to every task."""
+"""Environment of a rank started by SLURM, derived from the variables that `srun` sets for every task."""
 
 import re
 from collections.abc import Mapping
 
-PORTS = range(20_000, 30_000)  # below those that Linux gives to outgoing connections
-# What a launcher sets, and what this package reads as whole numbers.
+PORTS = range(20_000, 30_000)  # below Linux's range for outgoing connections
+# Variables set by launchers that are read as whole numbers.
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
 
 
 class SlurmError(ValueError):
-    """A step of SLURM whose variables do not say which rank is where."""
+    """A SLURM step whose variables do not determine the place of its ranks."""
 
 
 def is_task(environment: Mapping[str, str]) -> bool:
-    """Whether `srun` started this process as one of several tasks, each of which is then a rank.
+    """Whether `srun` started this process as one of several tasks, each of which is a rank.
 
-    A batch script is no task, and a step of one task (`srun --pty bash`) is a shell on one machine.
+    A batch script is not a task, and a step of one task (`srun --pty bash`) is a shell on one machine.
     """
     return "SLURM_PROCID" in environment and _number(environment, "SLURM_STEP_NUM_TASKS", "1") > 1
 
@@ -28,13 +28,13 @@ def _number(environment: Mapping[str, str], name: str, default: str) -> int:
 
 
 def task_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the launcher of DeepSpeed would have set for this task; empty where a launcher did, or outside a step.
+    """The variables that DeepSpeed's launcher would set for this task; empty if a launcher set them, or outside a step.
 
-    All tasks must find the same meeting point without talking: rank 0's node, which is the first of the step's list,
-    and a port that differs from job to job. `MASTER_ADDR` and `MASTER_PORT` go before both.
+    All tasks must derive the same rendezvous without communication: the node of rank 0, which is the first in the
+    step's list, and a port that depends on the job. `MASTER_ADDR` and `MASTER_PORT` override both.
 
     Raises:
-        SlurmError: a variable of the step is missing or unreadable, or one of a launcher is no number.
+        SlurmError: a variable of the step is missing or unreadable, or one of a launcher is not a number.
     """
     for name in (*NUMBERS, *(["MASTER_PORT"] if environment.get("MASTER_PORT") else [])):
         _number(environment, name, "0")
@@ -68,7 +68,7 @@ def task_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_node(nodes: str) -> str:
-    """The first name of a list as SLURM abbreviates it: `gpu[07-09,12],login1` gives `gpu07`.
+    """The first name in SLURM's compact list: `gpu[07-09,12],login1` gives `gpu07`.
 
     Source: `scontrol show hostnames`, of which this is the first line.
     """

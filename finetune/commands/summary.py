@@ -11,18 +11,18 @@ from monitoring.metrics import read_metrics
 from monitoring.routing import read_snapshot, recorded_drift, routing_measures
 from monitoring.table import print_utilisation
 
-MERGED_BY_LAUNCH = "merged-by-launch"  # in the run folder: where launch.sh exports, and nobody else
+MERGED_BY_LAUNCH = "merged-by-launch"  # in the run folder; launch.sh alone exports there
 
 
 def print_summary(run: str | Path, model: str | Path | None = None) -> int:
-    """Print held-out loss before and after, the load of every layer's experts, and where everything lies.
+    """Print held-out loss before and after, the expert load of every layer, and the paths of all outputs.
 
     Args:
-        model: a merged export of the run, small enough for this machine's memory: what it and the base write for two
-            held-out rows is printed too.
+        model: a merged export of the run, small enough for this machine's memory; completions of two held-out rows by
+            it and by the base are printed too.
 
     Raises:
-        RecipeError: `run` is not the folder of a run.
+        RecipeError: `run` is not a run folder.
         CheckpointError: `model` holds no model.
     """
     run, model = Path(run), Path(model) if model is not None else None
@@ -38,7 +38,7 @@ def print_summary(run: str | Path, model: str | Path | None = None) -> int:
     snapshots = sorted((run / "routing").glob("step-*.npz"))
     if snapshots:
         snapshot = read_snapshot(snapshots[-1])
-        config, _ = model_config(recipe)  # not `resolve_model`, which would fetch the weights for it
+        config, _ = model_config(recipe)  # `resolve_model` would download the weights for it
         kinds = {layer: _KINDS[kind] for layer, kind in enumerate(config.layer_types)}
         last = [record for record in records if record["kind"] == "routing" and record["step"] == snapshot.step]
         drift = recorded_drift(last[-1]) if last else []
@@ -52,7 +52,7 @@ def print_summary(run: str | Path, model: str | Path | None = None) -> int:
 
 
 def _places(run: Path) -> list[str]:
-    """What lies where, and how it is opened; what does not exist is left out. Not wrapped, so paths can be copied."""
+    """The existing outputs, and how to open them; lines are not wrapped, so that paths can be copied."""
     offline = any(run.glob("wandb/offline-run-*"))
     to_see_it = f"offline; see it with: wandb sync {run}/wandb/offline-run-*" if offline else "online"
     rows = (

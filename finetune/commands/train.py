@@ -1,4 +1,4 @@
-"""`train`: a recipe on this rank, from the newest checkpoint to the last step."""
+"""`train`: train a recipe on this rank, from the newest checkpoint to the last step."""
 
 import logging
 import os
@@ -36,23 +36,23 @@ LOST = (
     *("ncclRemoteError", "remote process exited or there was a network error"),
 )
 TIMED_OUT = ("Timed out waiting", "before timing out")
-FOUND_BY_ALL = (worlds.RankError, TrainingError, RouterLossError)  # raised on every rank alike
+FOUND_BY_ALL = (worlds.RankError, TrainingError, RouterLossError)  # raised identically on every rank
 
 
 def train_here(recipe: Recipe, launcher: Launcher | None) -> int:
     """Train on this rank, from the newest checkpoint if there is one, to the recipe's last step.
 
     Args:
-        launcher: what started this rank, when its death is to end the run.
+        launcher: the processes whose death ends the run; None: they are not watched.
     """
     rank, size = worlds.read_rank()
     say = _voice(rank)
     _share_cores()
     deepspeed.utils.logger.setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    # DeepSpeed 0.19.8 calls collectives by names that torch is retiring; nothing a user could act on.
+    # DeepSpeed 0.19.8 calls collectives by names that torch is deprecating; users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Its barriers name no device; the one that torch then takes is this rank's own, which `worlds.start` has set.
+    # Its barriers name no device; torch then uses the current one, which `worlds.start` has set for this rank.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     folder = folder_of(recipe)
     with told_by_every_host():
@@ -84,16 +84,16 @@ def train_here(recipe: Recipe, launcher: Launcher | None) -> int:
 
 
 def _run(recipe: Recipe, folder: Path, base: Path, world: worlds.World, say: Say, launcher: Launcher | None) -> None:
-    """Take the run to its end; what ends it before is recorded if it is a bug, and told if no other rank knows."""
+    """Run to the end. Bugs are recorded; a user's error is printed if no other rank reports it."""
     run, watch = None, Watch(folder, world.rank, STALL_SECONDS)
 
     try:
         base_now = check_agreement(recipe, folder, base, world)
         with world.together(RecipeError):
             if world.is_main and folder.exists():
-                hold(folder).release()  # before a second copy of a large model could take the memory of the first
+                hold(folder).release()  # before another copy of a large model could take the memory of the running one
         watch.begin()
-        worlds.set_timeouts()  # from now on the watch finds every hang
+        worlds.set_timeouts()  # from here on, hangs are detected by the watch
         say(f"{recipe.name}: {world.size} rank(s), expert parallel {world.expert_size}; the run is in {folder}")
         run = Run(recipe, folder, base, base_now, world, say, watch)
         watch.heed_signals(launcher)
@@ -111,20 +111,20 @@ def _run(recipe: Recipe, folder: Path, base: Path, world: worlds.World, say: Say
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed because a rank that takes part in it has ended, or its host cannot be reached.
+    """Whether a collective failed because a participating rank has ended or its host is unreachable.
 
-    gloo and NCCL have no exception of their own for it, only these words.
+    gloo and NCCL raise no specific exception for this, only these messages.
     """
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
 
 
 def is_timeout(error: Exception) -> bool:
-    """Whether a collective failed because some rank never came to it."""
+    """Whether a collective timed out because some rank did not take part."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in TIMED_OUT)
 
 
 def lost(folder: Path, step: int | None, error: Exception) -> str:
-    """The sentence for a rank that another one has left alone, in this step or before the first."""
+    """The message of a rank that lost its peers, in step `step` or before the first."""
     kept, stacks = newest_name(folder / "checkpoints"), folder / "crash"
     when = f"in step {step}" if step else "before the first step"
     what = f"lost the connection to another rank {when}: a rank or a host has ended"
@@ -140,16 +140,16 @@ def lost(folder: Path, step: int | None, error: Exception) -> str:
 
 
 def _share_cores() -> None:
-    """Give every rank its part of this machine's cores, unless OMP_NUM_THREADS says how many threads each may use.
+    """Give every rank its share of this machine's cores, unless OMP_NUM_THREADS is set.
 
-    By default torch uses all of them in every process; two ranks on two cores then take ten times as long.
+    By default torch uses all cores in every process; two ranks on two cores then take ten times as long.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
 
 
 def _voice(rank: int) -> Say:
-    """How this rank tells the user what happens: rank 0 a line each, the others not at all."""
+    """A function that prints a message on rank 0, and does nothing on other ranks."""
 
     def say(sentence: str) -> None:
         if rank == 0:

@@ -1,11 +1,11 @@
-"""Settings of other tools by their names there, and what stands for them here.
+"""Names of settings in other tools, with the corresponding setting here.
 
 Names are those of transformers' TrainingArguments, TRL, peft, axolotl, LLaMA-Factory, ms-swift and Unsloth. Each group
-has one sentence; it says so plainly where nothing stands for a setting.
+has one sentence, which also says if nothing corresponds.
 """
 
 _ANSWERS: tuple[tuple[str, str], ...] = (
-    # How long, in what portions
+    # Duration and batch sizes
     ("this is train.epochs here", "num_train_epochs num_epochs n_epochs max_epochs"),
     (
         "this is train.steps here",
@@ -309,7 +309,7 @@ _NO_8_BIT = (
     "there is no 8-bit or paged optimizer here; parallel.zero_stage divides the state over the ranks, and"
     " parallel.offload keeps it in host memory or on a disk"
 )
-# Values of our settings by their names elsewhere: the last part of our key, the value there, what it is here.
+# Values with another name elsewhere: last part of our key, the value there, the answer.
 _VALUES = {
     ("schedule", "warmup_stable_decay"): "that is wsd here",
     ("schedule", "cosine_with_min_lr"): "that is cosine here, with optim.final_lr_fraction",
@@ -365,11 +365,11 @@ _BY_NAME = {name: answer for answer, names in _ANSWERS for name in names.split()
 
 
 def familiar(name: str) -> str | None:
-    """What stands here for a setting of this name elsewhere, as half a sentence; None for a name of no other tool."""
+    """The answer to another tool's name of a setting, as half a sentence; None if no tool has it."""
     return _BY_NAME.get(name.lower().lstrip("-").replace("-", "_"))
 
 
 def familiar_value(key: str, value: str) -> str | None:
-    """The same for a value of one of our settings."""
+    """The answer to another tool's value of one of our settings, or None."""
     name = next(part for part in reversed(key.split(".")) if not part.isdecimal() and part != "N")
     return _VALUES.get((name, value.lower()))

@@ -1,4 +1,4 @@
-"""How a recipe file becomes a `Recipe`, and back; every mistake is reported at once. Imports no torch."""
+"""Conversion between recipe files and `Recipe`; all mistakes are reported together. Imports no torch."""
 
 import functools
 import json
@@ -21,17 +21,17 @@ from finetune.recipe.yaml_tree import Mistake, Node, Plain
 def load_recipe(
     path: str | Path, overrides: Sequence[str] = (), *, root: Path = CHECKOUT, check_paths: bool = True
 ) -> Recipe:
-    """The recipe in a YAML file, after `section.key=value` overrides.
+    """Load the recipe in a YAML file and apply `section.key=value` overrides.
 
     Args:
-        root: folder that relative paths are looked up in when the current folder does not have them.
+        root: folder for relative paths that do not exist in the current folder.
         check_paths: whether data and model folders must exist on this machine.
 
     Raises:
-        RecipeError: everything that is wrong with it, one line each.
+        RecipeError: all mistakes, one a line.
     """
     path = Path(path)
-    if not os.path.exists(path):  # which, unlike Path.exists, is False for what cannot be seen
+    if not os.path.exists(path):  # unlike Path.exists, it is False for an inaccessible path
         path = resolve(str(path), root) or path
     tree, mistakes = yaml_tree.read_file(path)
     if tree is None:
@@ -56,7 +56,7 @@ def load_recipe(
 
 
 def dump(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included; reads back as an equal recipe."""
+    """The whole recipe as YAML, including defaults; loading it gives an equal recipe."""
     return yaml_tree.write(recipe.model_dump(mode="json"))
 
 
@@ -67,17 +67,17 @@ def json_schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """What recipes/schema.json holds; editors read it through the first line of a recipe."""
+    """The contents of recipes/schema.json, which the first line of a recipe names for editors."""
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
 def explain() -> str:
-    """Every key with its unit or choices, its default and what it does, as lines of text."""
+    """Every key with its unit or choices, default and meaning, as lines of text."""
     return messages.table(json_schema())
 
 
 def _name_of(path: Path, tree: Node, mistakes: list[Mistake]) -> str:
-    """The name that a recipe takes from its file; one that no run can have is a mistake."""
+    """The recipe's name, taken from its file name; an invalid one is added to the mistakes."""
     if re.fullmatch(NAME, path.stem) and len(path.stem) <= LONGEST_NAME:
         return path.stem
     sentence = (
@@ -89,7 +89,7 @@ def _name_of(path: Path, tree: Node, mistakes: list[Mistake]) -> str:
 
 
 def _validate(tree: Node, mistakes: list[Mistake]) -> Recipe:
-    """The recipe in the tree; what is wrong joins the mistakes and is left out, so that the rest can be checked."""
+    """Validate the tree. Invalid values are added to the mistakes and left out, so that the rest can be checked."""
     plain = tree.plain()
     assert isinstance(plain, dict)
     for required in ("model", "data"):
@@ -114,9 +114,9 @@ def _validate(tree: Node, mistakes: list[Mistake]) -> Recipe:
 
 
 def _blamed(tree: Node, keys: Sequence[str]) -> yaml_tree.Place:
-    """Where a contradiction between `keys` came from: the last `--set` among them, else the first key in the file.
+    """The place to report for a contradiction between `keys`: the last `--set` among them, else the first in the file.
 
-    The file was right before it was overridden.
+    An override is reported first, since the file was valid without it.
     """
     paths = [tuple(key.split(".")) for key in keys]
     places = [tree.place_of(path) for path in paths if tree.at(path) is not None]
@@ -129,11 +129,11 @@ def _error(mistakes: list[Mistake], tree: Node | None = None) -> RecipeError:
 
 
 def _missing_paths(tree: Node, root: Path) -> Iterator[Mistake]:
-    """Sources, and a model folder, that are not on this machine."""
+    """Data sources and a model folder that do not exist on this machine."""
     for key, place, path in _written_paths(tree):
         found = resolve(path, root)
         if path_problem(path) is not None:
-            continue  # said of the setting itself
+            continue  # reported for the setting itself
         if found is None and not (key == "model.path" and is_hub_id(path, root)):
             yield Mistake(place, key, f"'{path}' exists neither in the current folder nor in {root}")
         elif found is not None and key == "model.path" and not found.is_dir():
@@ -141,7 +141,7 @@ def _missing_paths(tree: Node, root: Path) -> Iterator[Mistake]:
 
 
 def _written_paths(tree: Node) -> Iterator[tuple[str, yaml_tree.Place, str]]:
-    """Every path of the tree that must exist, whatever else is wrong: dotted key, place, text."""
+    """Every path in the tree that must exist, as dotted key, place and text; other mistakes are ignored."""
     nodes = {"model.path": tree.at(("model", "path")), "lora.init_from": tree.at(("lora", "init_from"))}
     for part in ("train", "eval"):
         sources = tree.at(("data", part))
@@ -152,7 +152,7 @@ def _written_paths(tree: Node) -> Iterator[tuple[str, yaml_tree.Place, str]]:
             yield key, node.place, node.value
 
 
-# Stand in for required settings that are wrong, while the rest is checked.
+# Values for invalid required settings, so that the rest can be checked.
 _STAND_INS: tuple[tuple[str, str, Plain], ...] = (
     ("model", "path", "-"),
     ("data", "train", ({"path": "-"},)),

@@ -1,6 +1,6 @@
-"""What is wrong with a setting, in plain words: pydantic's verdicts turned into sentences with a hint.
+"""Messages about invalid settings: pydantic's errors converted to sentences with a hint.
 
-Works from the JSON schema of the settings, so a new section or key needs nothing here.
+Derived from the JSON schema of the settings, so a new section or key needs no change here.
 """
 
 import difflib
@@ -13,11 +13,11 @@ from pydantic_core import ErrorDetails
 from finetune.recipe.familiar import familiar, familiar_value
 
 _SHOWN_CHARACTERS = 60
-_ITEM = "N"  # stands for the number of a list item in the names of settings
+_ITEM = "N"  # placeholder for list indices in setting names
 
 
 def settings_of(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The JSON schema of every setting by dotted key, sections before what they hold; items of lists are `key.N`."""
+    """The JSON schema of every setting by dotted key, sections before their keys; list items are `key.N`."""
     settings: dict[str, dict[str, Any]] = {}
 
     def add(key: str, part: dict[str, Any]) -> None:
@@ -33,7 +33,7 @@ def settings_of(schema: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def sentence(error: ErrorDetails, settings: dict[str, dict[str, Any]]) -> str:
-    """What one validation error means to the person who wrote the setting."""
+    """One validation error as a sentence for the user."""
     key = ".".join(_ITEM if isinstance(part, int) else part for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown key{_elsewhere(key, settings)}"
@@ -52,7 +52,7 @@ def sentence(error: ErrorDetails, settings: dict[str, dict[str, Any]]) -> str:
 
 
 def table(schema: dict[str, Any]) -> str:
-    """Every key with its unit or choices, its default and what it does, as lines of text."""
+    """Every key with its unit or choices, default and meaning, as lines of text."""
     settings = settings_of(schema)
     lines = []
     for key, setting in settings.items():
@@ -68,12 +68,12 @@ def table(schema: dict[str, Any]) -> str:
 
 
 def choices_of(setting: dict[str, Any]) -> list[str]:
-    """The words that a setting may have, in order; empty when it is free."""
+    """The allowed values of a setting, in order; empty if it has no fixed choices."""
     return list(map(str, setting.get("enum", [setting["const"]] if "const" in setting else [])))
 
 
 def shown(value: object) -> str:
-    """A value as its writer would recognise it."""
+    """A value in the notation of the recipe."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
@@ -85,7 +85,7 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the known word most like `word`, or nothing."""
+    """` (did you mean 'x'?)` with the known word most similar to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
@@ -115,7 +115,7 @@ def _default(setting: dict[str, Any]) -> str:
 
 
 def _meaning(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """What a schema says once references and `or null` are followed."""
+    """The schema part of a setting, with references and `or null` resolved."""
     options = [option for option in part.get("anyOf", []) if option != {"type": "null"}]
     if options:
         one_word = options[1:] == [options[0].get("items")]
@@ -128,7 +128,7 @@ def _meaning(part: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _elsewhere(key: str, settings: dict[str, dict[str, Any]]) -> str:
-    """Where an unknown key may have been meant to go."""
+    """A hint for an unknown key: where it exists, its name here, or similar keys."""
     section, _, name = key.rpartition(".")
     others = [other for other in settings if other.rpartition(".")[2] == name and _ITEM not in other.split(".")]
     if others:

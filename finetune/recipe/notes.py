@@ -1,6 +1,6 @@
-"""Settings of a recipe that have no effect, or another one than written, because of a setting elsewhere.
+"""Notes about settings that have no effect, or a different one, because of another setting.
 
-They are often a line of the file that an override made irrelevant, so the run starts and says one sentence for each.
+Often an override makes a line of the file irrelevant, so the run starts and prints one sentence for each.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ Note = Callable[[Recipe], str | None]
 
 
 def notes(recipe: Recipe) -> list[str]:
-    """One sentence for every setting without effect, each beginning with its key."""
+    """One sentence for every setting without effect, starting with its key."""
     return [sentence for note in NOTES if (sentence := note(recipe)) is not None]
 
 
 def no_effect(key: str, unless: Callable[[Recipe], bool], why: Callable[[Recipe], str]) -> Note:
-    """A note on `key` when it differs from its default although a condition, without which it is not used, fails."""
+    """A note about `key` if it differs from its default while `unless` does not hold, so that it is not used."""
 
     def note(recipe: Recipe) -> str | None:
         *sections, name = key.split(".")
@@ -33,7 +33,7 @@ def no_effect(key: str, unless: Callable[[Recipe], bool], why: Callable[[Recipe]
 
 def _warmup(recipe: Recipe) -> str | None:
     warmup, steps = recipe.optim.warmup_steps, recipe.train.steps
-    if warmup <= steps or not steps:  # without steps, the data says how many there are
+    if warmup <= steps or not steps:  # without train.steps, the number of steps follows from the data
         return None
     return f"optim.warmup_steps: the warm-up of {warmup} steps is cut to the {steps} of the run"
 

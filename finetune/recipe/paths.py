@@ -1,4 +1,4 @@
-"""Paths that a user wrote: what no file can be called, and where the rest leads."""
+"""Checks and resolution of paths in recipes."""
 
 import glob
 import os
@@ -11,14 +11,14 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 LONGEST_PATH = 4096 - 1  # PATH_MAX and NAME_MAX of Linux, in bytes
 LONGEST_PART = 255
-ROOM_IN_RUN = 200  # for what is put into a run folder: checkpoints/step-N.TOKEN.tmp/NAME.safetensors
+ROOM_IN_RUN = 200  # for names inside a run folder: checkpoints/step-N.TOKEN.tmp/NAME.safetensors
 
 
 def path_problem(text: str, room: int = 0) -> str | None:
-    """Why no file can have this path, or None.
+    """Why a path is invalid on Linux, or None.
 
     Args:
-        room: bytes to leave for names of files inside it.
+        room: bytes to reserve for names of files below it.
     """
     if not text:
         return "is empty"
@@ -38,12 +38,12 @@ def path_problem(text: str, room: int = 0) -> str | None:
 
 
 def expanded(text: str) -> Path:
-    """The path, with `~` as the user's home where there is one."""
+    """The path with `~` replaced by the user's home, if known."""
     return Path(os.path.expanduser(text))
 
 
 def resolve(path: str, root: Path = CHECKOUT) -> Path | None:
-    """The existing file, folder or glob that `path` means: from the current folder, else from `root`; or None."""
+    """The existing file, folder or glob for `path`, relative to the current folder, else to `root`; None if missing."""
     if path_problem(path) is not None:
         return None
     given = expanded(path)
@@ -51,13 +51,13 @@ def resolve(path: str, root: Path = CHECKOUT) -> Path | None:
         try:
             if os.path.exists(place) or (glob.has_magic(path) and any(matches(str(place)))):
                 return Path(os.path.normpath(place))
-        except SearchError:  # more than can be looked through; whoever reads it says so
+        except SearchError:  # too many files to search; the reader of the path reports it
             return Path(os.path.normpath(place))
     return None
 
 
 def is_hub_id(path: str, root: Path = CHECKOUT) -> bool:
-    """Whether `path`, which is not on this machine, reads as owner/name on the hub rather than as a folder."""
+    """Whether `path`, which does not exist here, has the form owner/name of the hub rather than of a folder."""
     owner, slash, name = path.partition("/")
     words = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
     return bool(slash and words.fullmatch(owner) and words.fullmatch(name)) and resolve(owner, root) is None

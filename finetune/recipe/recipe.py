@@ -57,19 +57,19 @@ class Recipe(Section):
 
     @property
     def packs_per_micro_batch(self) -> int:
-        """Training sequences that one rank forwards at once."""
+        """Training sequences in one micro-batch of a rank."""
         return self.train.micro_batch_tokens // self.train.sequence_tokens
 
     @property
     def drift_every_steps(self) -> int:
-        """How often drift is measured: never without adapters, which alone leave a frozen base to compare with."""
+        """Steps between drift measurements; 0 (never) without adapters, as there is no frozen base to compare with."""
         return self.monitor.drift_every_steps if self.lora is not None else 0
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches that each of `ranks` ranks forwards in one optimizer step.
 
         Raises:
-            RecipeError: the global batch does not divide evenly over so many ranks.
+            RecipeError: the global batch is not divisible by that number of ranks.
         """
         problem = batch_problem(self, ranks)
         if problem is not None:
@@ -77,10 +77,10 @@ class Recipe(Section):
         return self.train.global_batch_tokens // (self.train.micro_batch_tokens * ranks)
 
     def check_ranks(self, ranks: int, num_experts: int) -> None:
-        """Refuse a number of ranks, or a model, that the recipe's expert parallel size does not fit.
+        """Check that the expert parallel size divides the number of ranks and of experts.
 
         Raises:
-            RecipeError: says which number parallel.expert does not divide.
+            RecipeError: names the number that parallel.expert does not divide.
         """
         expert = self.parallel.expert
         for whole, what in ((ranks, "ranks of this run"), (num_experts, "experts of the model")):
@@ -89,7 +89,7 @@ class Recipe(Section):
 
 
 def batch_problem(recipe: "Recipe", ranks: int) -> str | None:
-    """Why the global batch does not divide into whole micro-batches of `ranks` ranks, or None."""
+    """Why the global batch is not a multiple of one micro-batch on each of `ranks` ranks, or None."""
     whole, micro = recipe.train.global_batch_tokens, recipe.train.micro_batch_tokens
     return multiple_problem(
         whole, micro * ranks, f"train.micro_batch_tokens x {ranks} rank{'s' if ranks > 1 else ''} ({micro} x {ranks})"
