@@ -1,8 +1,8 @@
 """The LoRA step on a CPU: this project beside transformers and peft, on the tiny recipe's model and sizes, in one run.
 
-Both models live in processes of their own, of one thread as the recipe's ranks are, and take turns of a few steps, so
-that a slow minute of the machine meets both. Float32 and nothing recomputed, as the recipe has it; sequences of one
-document each, which is all that transformers' own code can train on right.
+Each model runs in a process of its own with one thread, as the recipe's ranks do. The processes alternate every few
+steps, so that load from other programs affects both. Float32 without recompute, as in the recipe; one document in each
+sequence, since transformers' own code trains packed documents incorrectly.
 
     python -m benchmarks.cpu_step
 """
@@ -27,8 +27,8 @@ RESULTS = Path("benchmarks/results/cpu_step.json")
 BASE = Path("recipes/base/config.json")
 NAMES = ("transformers_peft", "nextune")
 SEQUENCES, TOKENS = 2, 512  # train.micro_batch_tokens and train.sequence_tokens of recipes/tiny.yaml
-# Float32 on both sides: only the order of sums differs. Where a router's choice of experts hangs on that, the rest of
-# its sequence has other losses; so it is the sequence that agrees best whose every token must.
+# Both sides use float32, so only the order of sums differs. That can change a router's choice of experts, and with it
+# the losses of the rest of a sequence; so the tolerance applies to every token of the sequence that agrees best.
 TOLERANCE = 1e-4
 
 
@@ -60,7 +60,7 @@ def main() -> int:
             name: torch.tensor(ask(pipe, "start", batch=SEQUENCES, time=TOKENS, layers=layers, zipf=False))
             for name, pipe in pipes.items()
         }
-        for turn in range(options.turns + 1):  # the first is for warming up
+        for turn in range(options.turns + 1):  # the first turn is a warm-up
             for name, pipe in pipes.items():
                 turns[name].append(ask(pipe, "turn", steps=options.steps))
             print(
@@ -98,7 +98,7 @@ def main() -> int:
                 "steps": len(losses),
             }
         )
-    # Turn by turn, so that both were measured within the same seconds.
+    # Turn by turn, so that both were measured within the same few seconds.
     ratios = [
         statistics.median(theirs["milliseconds"]) / statistics.median(ours["milliseconds"])
         for theirs, ours in zip(turns[NAMES[0]][1:], turns[NAMES[1]][1:], strict=True)

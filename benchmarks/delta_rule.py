@@ -1,8 +1,8 @@
 """The gated delta rule at the sizes of Qwen3-Next (16 key heads, 32 value heads, 128 wide), bfloat16, on one GPU.
 
-Every gradient is first checked against the definition in float32, weak and strong decays, one document and many; then
-forward, and forward with backward, are timed for 4 x 4,096 and 1 x 16,384 tokens. flash-linear-attention has a row
-where it is installed and agrees to run its backward pass on this card.
+Every gradient is first checked against the definition in float32, for weak and strong decays, one document and several.
+Then forward, and forward with backward, are timed for 4 x 4,096 and 1 x 16,384 tokens. flash-linear-attention has a row
+if it is installed and its backward pass runs on this GPU.
 
     python -m benchmarks.delta_rule --out benchmarks/results/delta_rule.json
 """
@@ -23,14 +23,14 @@ from finetune.model.deltanet import l2_normalize
 
 KEY_HEADS, VALUE_HEADS, DIM = 16, 32, 128
 SHAPES = ((4, 4096), (1, 16384))
-LIMITS = {"log_decay": 1e-2}  # relative error in bfloat16; 6e-3 for everything else
+LIMITS = {"log_decay": 1e-2}  # relative error in bfloat16; 6e-3 for all others
 Implementation = Callable[..., Tensor]
 
 
 def inputs(
     batch: int, time: int, *, decay: float, documents: int, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Any]:
-    """Random tokens; log decays uniform in [-decay, 0]."""
+    """Random inputs of the rule; log decays are uniform in [-decay, 0]."""
     tensors = {
         "query": l2_normalize(torch.randn(batch, time, KEY_HEADS, DIM, device="cuda")).to(dtype),
         "key": l2_normalize(torch.randn(batch, time, KEY_HEADS, DIM, device="cuda")).to(dtype),
@@ -66,7 +66,7 @@ def gradients(run: Implementation, given: dict[str, Any], gradient: Tensor) -> d
 
 
 def check(run: Implementation, *, documents: int) -> dict[str, float]:
-    """Largest relative error of the output and of each gradient; of two runs, every bit must be the same."""
+    """Largest relative error of the output and of each gradient; two runs must agree bit for bit."""
     worst: dict[str, float] = {}
     for batch, time in ((2, 257), (1, 1024), (3, 64), (1, 1000)):
         for decay in (0.02, 1.0, 5.0):
@@ -115,7 +115,7 @@ def main() -> None:
             errors = check(run, documents=5 if name == "nextune" else 1)
             print(f"{name}: relative error " + ", ".join(f"{key} {value:.1e}" for key, value in errors.items()))
             times = {shape: time_one(run, *shape) for shape in SHAPES}
-        except Exception as error:  # a peer that does not run here is told, and ours is still written
+        except Exception as error:  # a peer that does not run here is reported, and our rows are still written
             if name == "nextune":
                 raise
             print(f"{name}: no row, {type(error).__name__}: {str(error).splitlines()[0]}")

@@ -2,10 +2,10 @@
 
 Sizes of Qwen3-Next-80B-A3B (hidden 2048, 16 key heads and 32 value heads of 128), frozen weights in bfloat16. Every
 implementation is first checked against the definition in float32 on a shorter sequence; then all are timed on the same
-inputs. The peer is transformers' module, on flash-linear-attention and causal-conv1d where they are installed.
+inputs. The peer is transformers' module, with flash-linear-attention and causal-conv1d where they are installed.
 
-flash-linear-attention refuses its backward pass on Hopper with Triton 3.4 to 3.7.0. This benchmark sets the flag that
-its guard reads, says so, and relies on the check against the definition.
+flash-linear-attention refuses its backward pass on Hopper with Triton 3.4 to 3.7.0. This benchmark overrides the flag
+that this guard reads, reports that, and relies on the check against the definition.
 
     python -m benchmarks.deltanet_layer --out benchmarks/results/deltanet_layer.json
 """
@@ -59,13 +59,13 @@ CONFIG: dict[str, Any] = {
     "initializer_range": 0.02,
 }
 SIZES = [(4, 4096), (1, 16384)]
-CHECKED = (2, 320)  # batch, tokens of the check
-BOUND = 3e-2  # relative error of output and gradient that bfloat16 may have; a wrong kernel is off by more than 1e-1
+CHECKED = (2, 320)  # batch and tokens of the check
+BOUND = 3e-2  # bound on the relative error of output and gradient in bfloat16; a wrong kernel exceeds 1e-1
 Layer = Callable[[Tensor], Tensor]
 
 
 def definition() -> GatedDeltaNet:
-    """A layer with random frozen weights of ordinary size; some heads remember long and some forget at once."""
+    """A layer with random frozen weights of realistic size; some heads decay slowly and some quickly."""
     torch.manual_seed(0)
     layer = GatedDeltaNet(ModelConfig.from_dict(CONFIG))
     for name, parameter in layer.named_parameters():
@@ -82,7 +82,7 @@ def definition() -> GatedDeltaNet:
 
 
 def ours(weights: dict[str, Tensor]) -> Layer:
-    """The layer of this project with its fused passes, and the delta rule that the model has."""
+    """The layer of this project with its fused kernels and the Triton delta rule."""
     layer = GatedDeltaNet(ModelConfig.from_dict(CONFIG)).cuda().bfloat16()
     layer.load_state_dict(weights)
     layer.requires_grad_(False)
@@ -95,7 +95,7 @@ def ours(weights: dict[str, Tensor]) -> Layer:
 
 
 def in_plain_torch(weights: dict[str, Tensor]) -> Layer:
-    """The definition, in bfloat16."""
+    """The definition in bfloat16."""
     layer = GatedDeltaNet(ModelConfig.from_dict(CONFIG)).cuda().bfloat16()
     layer.load_state_dict(weights)
     layer.requires_grad_(False)
@@ -103,7 +103,7 @@ def in_plain_torch(weights: dict[str, Tensor]) -> Layer:
 
 
 def transformers_layer(weights: dict[str, Tensor]) -> Layer:
-    """transformers' module, as it is built where flash-linear-attention is installed."""
+    """transformers' module, which uses flash-linear-attention where it is installed."""
     lift_guard()
     peer = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
     config = importlib.import_module("transformers").Qwen3NextConfig(**CONFIG, dtype=torch.bfloat16)
@@ -135,7 +135,7 @@ def check(name: str, layer: Layer, exact: GatedDeltaNet) -> dict[str, float]:
     """Relative error of output and input gradient against the definition in float32.
 
     Raises:
-        ArithmeticError: more than bfloat16 explains.
+        ArithmeticError: an error above `BOUND`.
     """
     x = torch.randn(*CHECKED, CONFIG["hidden_size"], device="cuda").bfloat16()
     gradient = torch.randn_like(x)
@@ -175,7 +175,7 @@ def main() -> None:
     options = parser.parse_args()
     exact = definition()
     weights = {name: tensor.bfloat16() for name, tensor in exact.state_dict().items()}
-    exact.load_state_dict(weights)  # the same numbers for all
+    exact.load_state_dict(weights)  # so that all implementations have the same weights
     rows = []
     for name, make in (("nextune", ours), (peer_name(), transformers_layer), ("nextune_plain_torch", in_plain_torch)):
         if options.only and name not in options.only:
@@ -187,13 +187,13 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 row = {"name": name, "batch": batch, "time": time, "error": errors} | time_one(layer, batch, time)
                 rows.append(row)
-                write_results(options.out, {"rows": rows})  # a run that is cut off leaves what it has
+                write_results(options.out, {"rows": rows})  # written after every row, in case the run is interrupted
                 print(
                     f"{name:32} {batch} x {time:5} forward {row['forward_ms']:6.2f} ms, with backward "
                     f"{row['both_ms']:6.2f} ± {row['spread_ms']:.2f} ms, {row['peak_gib']:.1f} GiB",
                     flush=True,
                 )
-        except Exception as error:  # a peer that does not run here is told, and the others go on
+        except Exception as error:  # a peer that does not run here is reported, and the others continue
             if name == "nextune":
                 raise
             print(f"{name}: no further row, {type(error).__name__}: {error}", flush=True)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.load_checkpoint
 
-Writes synthetic checkpoints with every name of the released layout and 512 experts, then loads them in fresh
-processes: by this project at expert parallel 1, 2 and 4 (all ranks at once, and one alone), by transformers'
-`from_pretrained` in 1 and 2 processes, and by plain sequential reads. Once with the files dropped from the page cache
-before each load (cold), once with them in it (warm). Prints a table, writes `benchmarks/results/load_checkpoint.json`.
+Writes synthetic checkpoints with all tensor names of the released layout and 512 experts, then loads them in new
+processes: by this project at expert parallel 1, 2 and 4 (all ranks simultaneously, and one alone), by transformers'
+`from_pretrained` in 1 and 2 processes, and by plain sequential reads. Each with the files removed from the page cache
+before the load (cold) and with them in it (warm). Prints a table and writes `benchmarks/results/load_checkpoint.json`.
 """
 
 import argparse
@@ -42,13 +42,13 @@ EXPERTS = 512
 SAMPLE_SECONDS = 0.01
 ONE_COPY = "1 process"
 BLOCK_BYTES = 16 << 20
-ALLOWANCE_BYTES = 1_000_000_000  # the promise: a rank's peak is its own shard, one tensor and this
+ALLOWANCE_BYTES = 1_000_000_000  # bound on a rank's peak memory: its shard, one tensor and this
 
 Loader = Callable[[Path, range], nn.Module]
 
 
 class Case(NamedTuple):
-    """One way to load: how many processes at once, and which share of the experts each holds."""
+    """One way of loading: the loader, and the experts held by each of its simultaneous processes."""
 
     loader: str
     label: str
@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 
 def scaled_config(*, layers: int, hidden: int, width: int, experts: int = EXPERTS, vocabulary: int = 16384) -> Any:
-    """A model of the released proportions, `hidden` and the experts' `width` aside."""
+    """A model with the released proportions, except `hidden` and the experts' `width`."""
     return ModelConfig.from_dict(
         {
             "model_type": "qwen3_next",
@@ -85,7 +85,7 @@ SHAPES = {
 
 
 def write_synthetic(folder: Path, config: ModelConfig, shards: int = SHARDS) -> None:
-    """Write a checkpoint of `config` in bfloat16 with reproducible values, no two tensors alike."""
+    """Write a checkpoint of `config` in bfloat16 with reproducible values that differ between tensors."""
     entries = {name: Entry(torch.bfloat16, slot.shape) for name, slot in stored_tensors(config).items()}
     largest = max(entry.numbers for entry in entries.values())
     pool = 0.02 * torch.randn(largest + 1_000_003, generator=torch.Generator().manual_seed(0))
@@ -102,7 +102,7 @@ def write_synthetic(folder: Path, config: ModelConfig, shards: int = SHARDS) -> 
 
 
 def shard_bytes(folder: Path, experts: range) -> tuple[int, int]:
-    """Bytes of the tensors that a rank holds, and of the largest of them."""
+    """Bytes of the tensors that a rank holds, and of the largest one."""
     config = ModelConfig.from_folder(folder)
     stored = open_checkpoint(folder).tensors
     sizes = [
@@ -118,7 +118,7 @@ def _ours(folder: Path, experts: range) -> nn.Module:
 
 
 def _transformers(folder: Path, experts: range) -> nn.Module:
-    from transformers import Qwen3NextForCausalLM  # here, so that the memory of our own ranks does not hold it
+    from transformers import Qwen3NextForCausalLM  # imported here, to keep it out of our own ranks' memory
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -130,7 +130,7 @@ LOADERS: dict[str, Loader] = {"this project": _ours, "transformers": _transforme
 
 
 def fingerprint(model: nn.Module, experts: range) -> tuple[int, int]:
-    """Sums of checksums of the dense tensors and of the experts' matrices; those of ranks add up to the whole's."""
+    """Sums of checksums of the dense tensors and of the experts' matrices; the latter add up over ranks."""
     dense = routed = 0
     for name, parameter in model.named_parameters():
         values = parameter.detach()
@@ -146,12 +146,12 @@ def _checksum(name: str, values: Tensor) -> int:
 
 
 def _process(case: Case, number: int, warm_up: Path, folder: Path, pipe: Connection) -> None:
-    """A process that loads: says when it is ready, loads when told, reports, and keeps the model until told."""
+    """A loading process: reports ready, loads on request, reports, and holds the model until the next message."""
     loader, experts = LOADERS[case.loader], case.shares[number]
-    loader(warm_up, range(EXPERTS))  # imports, and what torch does the first time
+    loader(warm_up, range(EXPERTS))  # imports and first-use initialisation of torch
     pipe.send("ready")
     pipe.recv()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before, resident, worked, began = _io(), _memory("self")["VmRSS"], time.process_time(), time.perf_counter()
     model = loader(folder, experts)
     seconds, worked, after = time.perf_counter() - began, time.process_time() - worked, _io()
@@ -183,7 +183,7 @@ def _memory(process: str) -> dict[str, int]:
 
 
 def run(case: Case, warm_up: Path, folder: Path, *, cold: bool, check: bool) -> dict[str, Any]:
-    """Load once, in as many fresh processes as the case says, all told to start at the same moment."""
+    """Load once, in one new process for each share of the case, all started simultaneously."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for number in range(len(case.shares)):
@@ -228,7 +228,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _drop(folder: Path) -> None:
-    """Take the weights out of the page cache."""
+    """Remove the weights from the page cache."""
     for path in _files(folder):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -237,7 +237,7 @@ def _drop(folder: Path) -> None:
 
 
 def _read_all(folder: Path, streams: int) -> float:
-    """Seconds to read every byte once, sequentially, into memory that is used again."""
+    """Seconds to read every byte once, sequentially, into a reused buffer."""
 
     def read(path: Path) -> None:
         block = memoryview(bytearray(BLOCK_BYTES))
@@ -253,7 +253,7 @@ def _read_all(folder: Path, streams: int) -> float:
 
 
 def cases() -> Iterator[Case]:
-    """What is measured, in the order of the table."""
+    """The measured cases, in the order of the table."""
     for size in (1, 2, 4):
         held = EXPERTS // size
         shares = tuple(range(first, first + held) for first in range(0, EXPERTS, held))
@@ -265,7 +265,7 @@ def cases() -> Iterator[Case]:
 
 
 def measure(folder: Path, warm_up: Path, repeats: int) -> dict[str, Any]:
-    """Every case, cold and warm, `repeats` times in turn, so that a slow minute of the machine meets all of them."""
+    """Measure every case cold and warm, `repeats` times in turn, so that other load affects all of them."""
     samples: dict[tuple[str, Case], list[dict[str, Any]]] = {}
     raw: dict[str, dict[int, list[float]]] = {state: {1: [], 4: []} for state in ("cold", "warm")}
     opening = []
@@ -300,7 +300,7 @@ def measure(folder: Path, warm_up: Path, repeats: int) -> dict[str, Any]:
 
 
 def _compare(prints: dict[Case, list[tuple[int, int]]]) -> None:
-    """Every complete set of ranks holds the same numbers as transformers read."""
+    """Check that every complete set of ranks holds the values that transformers read."""
     truth = next(found[0] for case, found in prints.items() if case.loader == "transformers")
     for case, found in prints.items():
         assert {dense for dense, _ in found} == {truth[0]}, f"{case}: other dense values than transformers'"
@@ -309,7 +309,7 @@ def _compare(prints: dict[Case, list[tuple[int, int]]]) -> None:
 
 
 def _row(folder: Path, state: str, case: Case, found: list[dict[str, Any]], disk: float) -> dict[str, Any]:
-    """One line of the table: medians for time, the worst for memory and bytes."""
+    """One row of the table: medians of times, maxima of memory and bytes."""
     shard, tensor = shard_bytes(folder, case.shares[0])
     held = sum(shard_bytes(folder, share)[0] for share in case.shares)
     seconds = statistics.median(sample["seconds"] for sample in found)
@@ -336,7 +336,7 @@ def _row(folder: Path, state: str, case: Case, found: list[dict[str, Any]], disk
 
 
 def table(shape: str, measured: dict[str, Any]) -> str:
-    """The rows as Markdown."""
+    """The results as a Markdown table."""
     disk = ", ".join(
         f"{state} {rate / 1e9:.2f} GB/s" for state, rate in measured["sequential_bytes_per_second"].items()
     )
@@ -370,7 +370,7 @@ def table(shape: str, measured: dict[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and the versions of the measurement."""
     processor = next(
         (
             line.split(":", 1)[1].strip()
@@ -391,7 +391,7 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write, measure, print, record."""
+    """Write the checkpoints, measure, print and record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--folder", type=Path, help="where 6 GB of checkpoints go, on the disk to measure")
     parser.add_argument("--repeats", type=int, default=3)

@@ -37,8 +37,8 @@ from finetune.run.folder import (
 from finetune.run.place import hold
 
 MOST_RANKS = 2**16
-LARGEST = 1e12  # of what is measured in GiB or Gbit/s
-STOPPED = 3  # exit code of `finished` for a run that saved and stopped because it was asked to; launch.sh knows it
+LARGEST = 1e12  # upper bound of options in GiB or Gbit/s
+STOPPED = 3  # exit code of `finished` for a run that was asked to stop and has saved; used by launch.sh
 
 
 class UsageError(ValueError):
@@ -49,7 +49,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose mistakes are told like all others: in one sentence, by one rank."""
 
     def error(self, message: str) -> NoReturn:
-        # What argparse says of `--recipe -x.yaml`, whose value it takes for another option.
+        # argparse's message for `--recipe -x.yaml`, whose value it parses as another option.
         lacks_value = re.fullmatch(r"argument (-\S+): expected one argument", message)
         if lacks_value:
             message = f"{lacks_value[1]} needs a value; one that begins with '-' is written {lacks_value[1]}=VALUE"
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("nextune: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
@@ -159,7 +159,7 @@ def rewind(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write what a run trained as a folder that other tools load."""
-    recipe_of(options.run)  # before the libraries: a mistyped folder is told at once
+    recipe_of(options.run)  # before imports of large libraries, so that a mistyped folder is reported immediately
     from finetune.commands.export import export_run
 
     return export_run(
@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--recipe", type=_path, required=True, help="recipe file, from here or from the checkout")
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. optim.lr=1e-4")
         if command is train:
-            sub.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the launcher
+            sub.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # passed by the launcher
         if command is plan:
             _add_machine(sub)
         if command is data:
@@ -253,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--to", type=_path, required=True, metavar="DIR", help="folder to write; must not exist")
             sub.add_argument("--format", choices=("merged", "adapter"), required=True)
             sub.add_argument("--base", type=_path, metavar="DIR", help="the base weights, where they are elsewhere now")
-            sub.add_argument("--written-by", help=argparse.SUPPRESS)  # launch.sh, which replaces only what it wrote
+            sub.add_argument("--written-by", help=argparse.SUPPRESS)  # launch.sh: replaces only its own exports
             sub.add_argument(
                 "--checkpoint", type=_name, default="newest", metavar="WHICH", help="newest, best or step-N"
             )

@@ -1,6 +1,6 @@
-"""What must hold between the settings of a recipe: a run is refused when two of them contradict each other.
+"""Constraints between the settings of a recipe; a run whose settings contradict each other is refused.
 
-A setting that merely has no effect is no contradiction; `finetune/recipe/notes.py` says so.
+A setting without effect is not a contradiction; `finetune/recipe/notes.py` reports it.
 """
 
 import os
@@ -109,7 +109,7 @@ def _output_problem(recipe: Recipe) -> str | None:
     return "is the root of the file system; name a folder for runs in it"
 
 
-# The settings that a rule reads, the one that its sentence is about first, and the rule: what is wrong, or None.
+# (settings that a rule reads, the one it is about first; the rule, which returns what is wrong or None).
 RULES: tuple[tuple[tuple[str, ...], Callable[[Recipe], str | None]], ...] = (
     (
         ("train.micro_batch_tokens", "train.sequence_tokens"),

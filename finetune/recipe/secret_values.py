@@ -1,7 +1,7 @@
-"""Values of a recipe that look like a key or a token: a recipe is copied to places that others read, so none goes in.
+"""Detection of keys and tokens in recipes, which are copied to places that others can read.
 
-The forms are those that the issuers document, each with a prefix of its own. A W&B key of the older form is 40
-hexadecimal digits, as a commit is; only where nobody writes a commit is it taken for a key.
+The patterns are those documented by the issuers, each with its own prefix. An older W&B key has 40 hexadecimal digits,
+like a commit hash; it is only detected in settings where a commit hash makes no sense.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from finetune.recipe.yaml_tree import Mistake, Node
 
-# What is matched, what it is, and the variable of the environment that it belongs into.
+# (pattern, what it matches, the environment variable for it).
 FORMS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(form), what, variable)
     for form, what, variable in (
@@ -30,12 +30,12 @@ FORMS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 _PLAIN_KEY = re.compile(r"\b[0-9a-f]{40}\b")
 _KEYS_OF_WANDB = ("monitor.project", "monitor.wandb")
 _NAMES = re.compile(r"(?:^|_)(?:api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
-_SHORTEST = 8  # characters of a secret; a shorter word may be part of any sentence
+_SHORTEST = 8  # characters of a secret; a shorter word may occur in any sentence
 WHY = "a recipe is copied into the run folder, to W&B and into checkpoints"
 
 
 def secret_mistakes(tree: Node) -> Iterator[Mistake]:
-    """One mistake for every value that looks like a secret, wherever it stands."""
+    """One mistake for every value in the tree that looks like a secret."""
     for key, node in _scalars(tree, ""):
         text = str(node.value)
         for form, what, variable in FORMS:
@@ -50,7 +50,7 @@ def secret_mistakes(tree: Node) -> Iterator[Mistake]:
 
 
 def without_secrets(text: str, tree: Node | None) -> str:
-    """A message with everything in it that looks like a secret, or stands under a key that names one, cut short."""
+    """A message with secrets truncated: text that looks like one, and values of keys that name one."""
     for form, _, _ in FORMS:
         text = form.sub(lambda found: f"{found[0][:4]}...", text)
     for key, node in _scalars(tree, "") if tree is not None else ():

@@ -1,8 +1,8 @@
-"""A YAML 1.2 reader that knows where everything was written, and the `--set` changes made to what it read.
+"""A YAML 1.2 reader that records the place of every value, and `--set` overrides of the tree it returns.
 
-Scalars follow the YAML 1.2 core schema (`no` is text, `010` is ten), plus underscores between the digits of whole
-numbers. What makes a settings file surprising is refused rather than resolved: repeated keys, empty values, anchors,
-merge keys, tags, directives, several documents. Nothing here knows what a recipe is.
+Scalars follow the YAML 1.2 core schema (`no` is text, `010` is ten), plus underscores between the digits of integers.
+Features with surprising effects are errors: repeated keys, empty values, anchors, merge keys, tags, directives, several
+documents. Nothing here depends on the settings of a recipe.
 """
 
 import io
@@ -37,23 +37,23 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = {sign + word: float(sign + word[1:]) for sign in ("", "+", "-") for word in (".inf", ".Inf", ".INF")} | {
     word: float("nan") for word in (".nan", ".NaN", ".NAN")
 }
-_LONGEST_NUMBER = 100  # characters; what is longer stays text
+_LONGEST_NUMBER = 100  # characters; longer scalars are text
 _DEEPEST = 20  # levels of nesting
 _MOST_BYTES = 1 << 20
 _SHOWN_CHARACTERS = 200
-_LARGEST = 2**53  # beyond it a float64, which memory and time are computed in, is not exact
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # an escape of a quoted scalar can make them
+_LARGEST = 2**53  # a float64, used in computations of memory and time, is not exact beyond it
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # escapes in a quoted scalar can produce them
 
 
 class Place(NamedTuple):
-    """Where something was written: a line of a file, or a `--set` argument (line 0)."""
+    """The place of a value: a line of a file, or a `--set` argument (line 0)."""
 
     source: str
     line: int
 
     @property
     def is_override(self) -> bool:
-        """Whether it is a `--set` argument; everything in a file has a line."""
+        """Whether it is a `--set` argument; places in a file have a line."""
         return self.line == 0
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Place(NamedTuple):
 
 
 class Mistake(NamedTuple):
-    """One thing to put right: where, at which dotted key ("" is the whole file), and a sentence that says what."""
+    """One error in a settings file: its place, its dotted key ("" for the whole file), and a sentence."""
 
     place: Place
     key: str
@@ -79,7 +79,7 @@ class Node:
     place: Place
 
     def child(self, key: str) -> "Node | None":
-        """What is written under `key`, or at that place of a list."""
+        """The node under `key`, or at that index of a list; None if there is none."""
         if isinstance(self.value, dict):
             return self.value.get(key)
         if isinstance(self.value, list) and key.isdecimal() and int(key) < len(self.value):
@@ -87,7 +87,7 @@ class Node:
         return None
 
     def at(self, keys: tuple[str, ...]) -> "Node | None":
-        """What is written at `keys`."""
+        """The node under a path of keys; None if there is none."""
         node: Node | None = self
         for key in keys:
             node = node.child(key) if node is not None else None
@@ -102,7 +102,7 @@ class Node:
         return self.value
 
     def place_of(self, keys: tuple[str | int, ...]) -> Place:
-        """Where `keys` was written; where it is missing, the place of the nearest section around it."""
+        """The place of `keys`; if missing, that of the nearest enclosing section."""
         node = self
         for key in keys:
             inside = node.child(str(key))
@@ -113,11 +113,11 @@ class Node:
 
 
 def read_file(path: Path) -> tuple[Node | None, list[Mistake]]:
-    """The tree of a settings file and what is wrong with it; no tree when the file cannot be read at all."""
+    """Read a settings file; returns its tree, or None if it cannot be read, and the mistakes in it."""
     whole = Place(str(path), 0)
     try:
         status = path.stat()
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # reading a FIFO may wait for ever
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # reading a FIFO may block forever
             return None, [Mistake(whole, "", "not a regular file; write the settings into one")]
         if status.st_size > _MOST_BYTES:
             return None, [Mistake(whole, "", f"has {status.st_size:,} bytes, too many for a file of settings")]
@@ -136,21 +136,21 @@ def read_file(path: Path) -> tuple[Node | None, list[Mistake]]:
 
 
 def apply_overrides(root: Node, assignments: Sequence[str], mistakes: list[Mistake]) -> None:
-    """Write `section.key=value` assignments into the tree; values are YAML, items of lists are numbered from 0.
+    """Apply `section.key=value` assignments to the tree; values are YAML, list items are numbered from 0.
 
-    Of several for one key the last one counts.
+    The last of several assignments to the same key counts.
     """
     last: dict[str, str] = {}
     for assignment in assignments:
         key = assignment.partition("=")[0].strip()
-        last.pop(key, None)  # so that it also takes the place of the last one in the order
+        last.pop(key, None)  # so that it is also applied in the order of its last occurrence
         last[key] = assignment
     for assignment in last.values():
         _apply_override(root, assignment, mistakes)
 
 
 def leave_out(plain: dict[str, Plain], keys: tuple[str | int, ...]) -> None:
-    """Delete what `keys` names; when that is in a list, the whole list."""
+    """Delete the value at `keys`; for an item of a list, the whole list."""
     inside = plain
     for key in keys:
         assert isinstance(key, str)
@@ -162,12 +162,12 @@ def leave_out(plain: dict[str, Plain], keys: tuple[str | int, ...]) -> None:
 
 
 def touches(key: str, other: str) -> bool:
-    """Whether one of two dotted keys lies within the other."""
+    """Whether one of two dotted keys contains the other."""
     return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")
 
 
 def write(values: dict[str, Any]) -> str:
-    """Values as YAML text that `read_file` reads back equal."""
+    """Values as YAML text; `read_file` of it gives the same values."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # typed as None
@@ -178,7 +178,7 @@ def write(values: dict[str, Any]) -> str:
 
 
 def scalar(text: str) -> Scalar:
-    """What an unquoted YAML scalar means."""
+    """The value of an unquoted YAML scalar."""
     if text in _NULL:
         return None
     if text in _BOOL:
@@ -230,7 +230,7 @@ def _apply_override(root: Node, assignment: str, mistakes: list[Mistake]) -> Non
 
 
 def _read_text(text: str, start: Place, mistakes: list[Mistake], key: str = "") -> Node | None:
-    """The tree of YAML text; None and one more mistake when there is none."""
+    """The tree of YAML text; None, with one more mistake, if it cannot be read."""
     events = YAML(typ="safe", pure=True).parse(text)
     root: Node | None = None
     try:
@@ -250,7 +250,7 @@ def _read_text(text: str, start: Place, mistakes: list[Mistake], key: str = "") 
         line = error.problem_mark.line if error.problem_mark else 0
         mistakes.append(Mistake(_at_line(line, start), key, _what_is_unreadable(text, line, error.problem or "")))
         return None
-    except YAMLError:  # a character that YAML does not allow; the error counts characters, not lines
+    except YAMLError:  # a character that YAML forbids; the error gives a character offset, not a line
         mistakes.append(Mistake(start, key, "holds a control character that YAML does not allow; delete it"))
         return None
     if root is None:
@@ -266,7 +266,7 @@ class _Unreadable(Exception):  # noqa: N818  (never leaves this file)
 def _compose(
     events: Iterator[Event], event: Event, place: Place, start: Place, mistakes: list[Mistake], keys: tuple[str, ...]
 ) -> Node:
-    """The node that begins at `event`, taking from `events` what belongs to it; `place` is that of its key."""
+    """The node that starts at `event`; consumes its events from `events`. `place` is that of its key."""
     dotted = ".".join(keys)
     if len(keys) > _DEEPEST:
         raise _Unreadable(Mistake(place, "", f"nested more than {_DEEPEST} levels deep"))
@@ -287,7 +287,7 @@ def _compose(
         mistakes.append(Mistake(place, dotted, "holds half of a surrogate pair or a NUL character, which is no text"))
         return Node(None, place)
     if event.style is not None:
-        return Node(event.value, place)  # quoted: text whatever it looks like
+        return Node(event.value, place)  # quoted scalars are always text
     if not event.value:
         mistakes.append(Mistake(place, dotted, "has no value; write one (null if nothing is meant) or delete the line"))
     value = scalar(event.value)
@@ -322,7 +322,7 @@ def _place(event: Event, start: Place) -> Place:
 
 
 def _at_line(line: int, start: Place) -> Place:
-    """The place of a line counted from 0; everything in a `--set` is at the same place."""
+    """The place of a line counted from 0; everything in a `--set` argument has the same place."""
     return Place(start.source, start.line + line) if start.line else start
 
 
