@@ -1,10 +1,10 @@
-"""The contenders of the LoRA step: one adapted model, the same parameters, as this project and its peers run it.
+"""The contenders of the LoRA step benchmark: one adapted model with the same parameters in this project and its peers.
 
-The base is transformers with peft and torch's grouped product for the experts, and on a GPU flash-linear-attention and
-causal-conv1d. To it are added Liger's fused loss and norms, and the experts of Unsloth or axolotl: their own code, from
-their own packages, called through transformers' registry of expert implementations.
+The base peer is transformers with peft and torch's grouped matrix product for the experts, and on a GPU
+flash-linear-attention and causal-conv1d. Variants add Liger's fused loss and norms, and the experts of Unsloth or
+axolotl: their own code from their own packages, called through transformers' registry of expert implementations.
 
-Every contender has parameters of the same names, so that filling them by name gives all the same model.
+Parameters have the same names in every contender, so filling them by name makes all models equal.
 """
 
 import importlib
@@ -35,9 +35,9 @@ from finetune.training.lora import inject
 
 RANK, ALPHA = 16, 32.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj")
-NO_RECOMPUTE = "_no_recompute"  # at the end of a name: nothing is computed twice, where memory allows
-FULL_RECOMPUTE = "_full_recompute"  # of this project: every layer is, as peers do
-LEAN_GIB = 30  # memory in which this project otherwise chooses by itself: what the leanest peer takes
+NO_RECOMPUTE = "_no_recompute"  # suffix of a name: no activation is recomputed, where memory allows
+FULL_RECOMPUTE = "_full_recompute"  # suffix, of this project only: every layer is recomputed, as by the peers
+LEAN_GIB = 30  # memory for which this project plans otherwise: that of the leanest peer
 
 # Widths of Qwen3-Next-80B-A3B and Qwen3-Coder-Next.
 FULL: dict[str, Any] = {
@@ -52,23 +52,23 @@ FULL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A model ready to train, whoever wrote it."""
+    """A model ready to train, from any project."""
 
     model: nn.Module
-    layers: nn.ModuleList  # to cut the model shorter
+    layers: nn.ModuleList  # for truncating the model
     loss: Callable[[Tensor], Tensor]  # token ids (batch, time) -> mean loss of the next token
     logits: Callable[[Tensor, Tensor], Tensor]  # ids, positions -> (batch, positions, vocabulary), without gradient
     autocast: Callable[[], AbstractContextManager[object]]  # around the forward pass
-    about: str  # which kernels run, with versions
-    settle: Callable[[int, int], str] = lambda batch, time: ""  # before such batches: what is computed again, in words
+    about: str  # the kernels in use, with versions
+    settle: Callable[[int, int], str] = lambda batch, time: ""  # before such batches; says what is recomputed
 
 
 class MissingError(RuntimeError):
-    """A package that a contender needs is not installed here."""
+    """A package that a contender needs is not installed."""
 
 
 def build(name: str, values: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Contender:
-    """The contender of this name, its parameters not yet filled.
+    """The contender of this name, with parameters not yet filled.
 
     Raises:
         MissingError: a package is not installed.
@@ -84,7 +84,7 @@ def build(name: str, values: dict[str, Any], device: torch.device, dtype: torch.
 
 
 def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, recompute: str) -> Contender:
-    """What `finetune.training.assembly` puts together, less the reading of a checkpoint."""
+    """The model as in `finetune.training.assembly`, without loading a checkpoint."""
     if recompute not in ("", FULL_RECOMPUTE, NO_RECOMPUTE):
         raise ValueError(f"no contender is called nextune{recompute}")
     with _built_on(device, dtype):
@@ -109,7 +109,7 @@ def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, r
     def settle(batch: int, time: int) -> str:
         cut = first_layers(config, len(model.model.layers))
         if not recompute:
-            # The plan leaves some of a card free, and counts what CUDA takes; the figures of a benchmark do not.
+            # The plan keeps part of a GPU free and counts CUDA's own memory; the measured figures include neither.
             card = (LEAN_GIB * GIB + RUNTIME_DEVICE_BYTES) / (1 - FREE_FRACTION)
             model.recompute = planned(cut, batch, time, int(card)).recompute
         return f"again: {described(cut, model.recompute)}"
@@ -118,12 +118,12 @@ def _nextune(values: dict[str, Any], device: torch.device, dtype: torch.dtype, r
 
 
 def first_layers(config: ModelConfig, depth: int) -> ModelConfig:
-    """The sizes of a model of which only so many layers are left."""
+    """The sizes of a model truncated to its first `depth` layers."""
     return replace(config, num_hidden_layers=depth, layer_types=config.layer_types[:depth])
 
 
 def planned(config: ModelConfig, batch: int, time: int, device_bytes: int) -> Plan:
-    """The plan of a LoRA run on one GPU with so much memory, in micro-batches of `batch` sequences."""
+    """The plan of a LoRA run on one GPU with `device_bytes` of memory, in micro-batches of `batch` sequences."""
     count = batch * time
     sizes = (f"train.sequence_tokens={time}", f"train.micro_batch_tokens={count}", f"train.global_batch_tokens={count}")
     recipe = load_recipe(
@@ -135,7 +135,7 @@ def planned(config: ModelConfig, batch: int, time: int, device_bytes: int) -> Pl
 def _transformers(
     values: dict[str, Any], device: torch.device, dtype: torch.dtype, *, recompute: bool, fla: bool, extra: list[str]
 ) -> Contender:
-    """transformers' model with peft's adapters, as its Trainer runs it: adapters float32, the rest under autocast."""
+    """transformers' model with peft's adapters, as in its Trainer: float32 adapters, the rest under autocast."""
     if fla:
         lift_refusal()
         _installed("causal_conv1d")
@@ -177,11 +177,11 @@ def _transformers(
 
 
 def _experts(kind: str) -> str:
-    """Register these experts with transformers; the name under which they are then known there."""
+    """Register these experts with transformers; returns their name there."""
     if not kind:
         return "grouped_mm"
     if kind == "unsloth":
-        # Its packages' own __init__ wants the rest of Unsloth, of which the experts use nothing.
+        # Its packages' __init__ imports the rest of Unsloth, which the experts do not use.
         bare_package("unsloth_zoo")
         bare_package("unsloth_zoo.temporary_patches")
         function = importlib.import_module("unsloth_zoo.temporary_patches.moe_utils").forward_moe_backend
@@ -202,7 +202,7 @@ def _experts(kind: str) -> str:
 
 
 def bare_package(name: str) -> None:
-    """Make the parts of a package importable without running its `__init__`."""
+    """Make the submodules of a package importable without running its `__init__`."""
     parent, _, last = name.rpartition(".")
     if parent:
         folders = [f"{folder}/{last}" for folder in importlib.import_module(parent).__path__]
@@ -224,8 +224,8 @@ def _installed(name: str) -> Any:
 def lift_refusal() -> None:
     """Let flash-linear-attention train on Hopper with Triton 3.4 to 3.7.0, which it refuses.
 
-    What it fears was looked for on an H100 with Triton 3.6 and not found: its gradients are those of the recurrence in
-    float32 to 9e-3. The comparison of losses below would show it in any contender that had it.
+    The error it guards against did not occur on an H100 with Triton 3.6: gradients match the recurrence in float32 to
+    9e-3. The comparison of losses would reveal it in any contender.
     """
     _installed("fla")
     importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True
@@ -233,7 +233,7 @@ def lift_refusal() -> None:
 
 @contextmanager
 def _built_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have their parameters on this device, in this dtype."""
+    """Modules created inside have their parameters on this device and in this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -245,13 +245,13 @@ def _built_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def fill(model: nn.Module, *, zipf: bool = False, seed: int = 0) -> None:
-    """Give every parameter the value that its name says, the same in every contender, on the device itself.
+    """Set every parameter to values that depend on its name only, equal in every contender, generated on its device.
 
-    No parameter keeps the value that initialisation would give it (norms are not the identity, decays are slow enough
-    for the state to matter), so that every convention shows in the loss. Factor B is zero: training starts at the base.
+    No parameter keeps a trivial initial value (norms are not the identity, decays are slow enough for the state to
+    matter), so that every convention affects the loss. LoRA's B is zero: training starts at the base.
 
     Args:
-        zipf: routers prefer some experts, so that shares of the load fall off as 1 / rank about.
+        zipf: make routers prefer some experts, so that their load falls approximately as 1 / rank.
     """
     for name, parameter in model.named_parameters():
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
@@ -259,7 +259,7 @@ def fill(model: nn.Module, *, zipf: bool = False, seed: int = 0) -> None:
         last = name.split(".")[-2] if name.endswith(".weight") else name.rpartition(".")[2]
         if ".lora_B." in name:
             parameter.zero_()
-        elif ".lora_A." in name:  # drawn in bfloat16, which all contenders can hold
+        elif ".lora_A." in name:  # drawn in bfloat16, which all contenders can represent
             drawn = torch.empty(parameter.shape, dtype=torch.bfloat16, device=parameter.device)
             bound = parameter.shape[1] ** -0.5
             parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
@@ -267,7 +267,7 @@ def fill(model: nn.Module, *, zipf: bool = False, seed: int = 0) -> None:
             parameter.uniform_(0.01, 1, generator=generator).log_()
         elif last == "dt_bias":
             parameter.normal_(-2, 1, generator=generator)
-        elif parameter.ndim == 1:  # norms: that of DeltaNet multiplies by its weight, the others by 1 + weight
+        elif parameter.ndim == 1:  # norms: DeltaNet's multiplies by its weight, the others by 1 + weight
             parameter.normal_(1.0 if name.endswith("linear_attn.norm.weight") else 0.0, 0.1, generator=generator)
         elif last in ("embed_tokens", "conv1d"):
             parameter.normal_(0, 1.0 if last == "embed_tokens" else 0.4, generator=generator)
@@ -282,17 +282,17 @@ def fill(model: nn.Module, *, zipf: bool = False, seed: int = 0) -> None:
 
 
 def _direction(parameter: Tensor) -> Tensor:
-    """Signs that every token's hidden state shares with every router, when the load is to be uneven."""
+    """A vector of signs added to every embedding and, scaled, to every router, for uneven load."""
     generator = torch.Generator(parameter.device).manual_seed(1)
     signs = torch.randint(0, 2, (parameter.shape[1],), generator=generator, device=parameter.device)
     return (2 * signs - 1).to(parameter.dtype)
 
 
 def flops_per_token(values: dict[str, Any], layers: int, time: int) -> float:
-    """Multiplications and additions that a LoRA step must do for one token, recompute not counted.
+    """Floating-point operations of a LoRA step for one token, without recompute.
 
-    Forward and the gradient of inputs through frozen matrices (4 for each parameter that a token uses), forward and
-    backward of attention (half of time x time, 2.5 times the work going back), of the delta rule, and of the adapters.
+    Counted are forward and input gradient of frozen matrices (4 for each parameter used), forward and backward of
+    attention (half of time x time; backward costs 2.5 times forward), of the delta rule, and of the adapters.
     """
     config = ModelConfig.from_dict({**values, "num_hidden_layers": layers})
     hidden = config.hidden_size
@@ -309,8 +309,8 @@ def flops_per_token(values: dict[str, Any], layers: int, time: int) -> float:
     for shapes, count in ((attention, full), (deltanet, layers - full)):
         used += count * sum(inputs * outputs for inputs, outputs in shapes)
         adapters += count * RANK * sum(inputs + outputs for inputs, outputs in shapes)
-    scores = 2 * time * queries  # forward, over the causal half
-    # Forward of the delta rule in chunks of 64: three products with the state, four within the chunk.
+    scores = 2 * time * queries  # forward, for the causal half
+    # Forward of the delta rule in chunks of 64: three products with the state, four within a chunk.
     key, value = config.linear_key_head_dim, config.linear_value_head_dim
     rule = 2 * heads * (3 * key * value + 2 * 64 * (key + value))
     return 4 * used + full * 3.5 * scores + (layers - full) * 3 * rule + 6 * adapters

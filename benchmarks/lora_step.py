@@ -2,14 +2,14 @@
 
 Real widths (512 experts, hidden 2048, vocabulary 151,936), random bfloat16 weights, adapters of rank 16 on the
 projections of attention and DeltaNet, 16,384 tokens a step; 8 layers, and 4 to extrapolate to 48. Peers recompute every
-layer in the backward pass unless their name says otherwise; `nextune` does what its plan says for the memory that the
-leanest of them takes, `nextune_full_recompute` recomputes every layer too. A contender has a row only if it is right:
-the losses of single tokens before the first step, and the fall of the loss over the steps, must be the base peer's.
+layer in the backward pass unless their name says otherwise. `nextune` follows its plan for the memory of the leanest
+peer; `nextune_full_recompute` recomputes every layer as well. A contender has a row only if it is correct: the losses
+of single tokens before the first step, and the decrease of the loss over the steps, must match the base peer's.
 
     python -m benchmarks.lora_step --out benchmarks/results/lora_step_h100.json
     python -m benchmarks.lora_step --profile nextune
 
-In one command after the other (`--only`), rows are added to those that the file has from this machine since its start.
+With `--only`, contenders can be measured by separate commands; rows from the same machine since its start are kept.
 """
 
 import argparse
@@ -38,23 +38,23 @@ DEFAULT = (
     OURS + FULL_RECOMPUTE, OURS + NO_RECOMPUTE,
 )  # fmt: skip
 WARM_UP_STEPS = 4
-PATIENCE_SECONDS = 240  # for one answer of a contender, compiling included
-# Of the spread of losses over tokens. Right implementations were 2% to 10% apart on an H100: bfloat16 changes the
-# experts of some tokens. A wrong one (another layout of heads, another norm, no decay) has other losses: 140%.
+PATIENCE_SECONDS = 240  # timeout of one answer of a contender, including compilation
+# Relative to the spread of losses over tokens. Correct implementations differed by 2% to 10% on an H100, since bfloat16
+# changes the experts of some tokens. A wrong one (other head layout, other norm, no decay) differs by 140%.
 LOSS_TOLERANCE = 0.2
-MEAN_TOLERANCE = 0.01  # of the first loss, about 12.4: over 16,384 tokens that averages out; 0.001 was seen
-# Of the fall of the loss over the run, 0.03% apart on an H100: one adapter's wrong gradient shows in it. Adam's
-# first steps take the sign of a gradient and so make more of its rounding, the more the fewer the tokens.
+MEAN_TOLERANCE = 0.01  # of the first loss, about 12.4; differences average out over 16,384 tokens; 0.001 was observed
+# Relative to the decrease of the loss; 0.03% was observed on an H100. A wrong gradient of one adapter exceeds it.
+# Adam's first steps use the sign of a gradient, which amplifies rounding, the more the fewer tokens there are.
 FALL_TOLERANCE = 0.05
 
 
 class RefusedError(RuntimeError):
-    """A contender that may not have a row: it does not run here, or is not right."""
+    """A contender without a row: it does not run here, or is not correct."""
 
 
 @contextmanager
 def contender(name: str, setting: Setting) -> Iterator[Connection]:
-    """The contender in a process of its own, ready; the process ends with the `with` block."""
+    """Start the contender in its own process and wait until it is ready; the process ends with the `with` block."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=serve, args=(name, setting, theirs), daemon=True)
@@ -74,10 +74,10 @@ def contender(name: str, setting: Setting) -> Iterator[Connection]:
 
 
 def answer(pipe: Connection) -> Any:
-    """What the contender sends next.
+    """The contender's next message.
 
     Raises:
-        RefusedError: it failed, died or is silent for too long.
+        RefusedError: it failed, died or did not answer in time.
     """
     if not pipe.poll(PATIENCE_SECONDS):
         raise RefusedError(f"no answer in {PATIENCE_SECONDS} s")
@@ -96,7 +96,7 @@ def ask(pipe: Connection, method: str, **arguments: object) -> Any:
 
 
 def measure(pipe: Connection, name: str, case: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """One row: a contender at one size, from its first step on."""
+    """One row: a contender at one size, from its first step."""
     batch, length = (int(part) for part in case["shape"].split("x"))
     probe = ask(pipe, "start", batch=batch, time=length, layers=case["layers"], zipf=case["routing"] == "zipf")
     first = ask(pipe, "turn", steps=WARM_UP_STEPS)
@@ -126,10 +126,10 @@ def measure(pipe: Connection, name: str, case: dict[str, Any], repeats: int) -> 
 
 
 def check(row: dict[str, Any], base: dict[str, Any] | None) -> str:
-    """Hold a row against the base peer's; a sentence that says how close it is.
+    """Compare a row with the base peer's; returns a sentence about the differences.
 
     Raises:
-        RefusedError: there is nothing to hold it against, or it is another model, or does not learn alike.
+        RefusedError: no base row, another model, or a different decrease of the loss.
     """
     if base is None:
         raise RefusedError(f"no row of {BASE} to compare with: measure it first")
@@ -153,7 +153,7 @@ def check(row: dict[str, Any], base: dict[str, Any] | None) -> str:
 
 
 def cases(layers: Sequence[int], shapes: Sequence[str], routings: Sequence[str]) -> list[dict[str, Any]]:
-    """What every contender does, deepest model first since layers are only ever cut off; uneven load once."""
+    """The cases of every contender, deepest model first, since layers can only be removed; uneven load once."""
     even = [{"layers": n, "shape": s, "routing": "uniform"} for n in sorted(layers, reverse=True) for s in shapes]
     uneven = [{"layers": max(layers), "shape": shapes[0], "routing": "zipf"}]
     return uneven * ("zipf" in routings) + even * ("uniform" in routings)
@@ -166,11 +166,11 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 def run(
     name: str, wanted: list[dict[str, Any]], repeats: int, rows: dict[tuple[Any, ...], dict[str, Any]]
 ) -> list[str]:
-    """Measure one contender, put its rows that pass beside the others; what was refused."""
+    """Measure one contender and add its accepted rows to `rows`; returns the refusals."""
     refused = []
     began = time.monotonic()
     deepest = max(case["layers"] for case in wanted)
-    if name == OURS:  # its rows of other depths are of no use
+    if name == OURS:  # only its rows of the deepest model are used
         wanted = [case for case in wanted if case["layers"] == deepest]
     setting = Setting(FULL, deepest, "cuda", torch.bfloat16)
     try:
@@ -196,9 +196,10 @@ def run(
 
 
 def extrapolate(rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
-    """Beside every 8-layer row the 48 layers that 4 and 8 predict: the last 44 cost 11 times what 4 more did.
+    """Add to every 8-layer row the prediction for 48 layers: the 44 beyond 4 cost 11 times the difference of 8 and 4.
 
-    Only where all layers do alike; what `nextune` computes again depends on the memory that the depth leaves.
+    Only for contenders whose layers all cost the same; what `nextune` recomputes depends on the memory left by the
+    depth.
     """
     for row in rows.values():
         four = rows.get(key({**row, "layers": 4}))
@@ -214,7 +215,7 @@ def extrapolate(rows: dict[tuple[Any, ...], dict[str, Any]]) -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows, with how much faster than the base peer each is."""
+    """The rows as text, each with its speed relative to the base peer."""
     by_key = {key(row): row for row in rows}
     lines = [
         f"{'name':36} {'layers':>6} {'shape':>8} {'routing':>8} {'ms':>7} {'+-':>5} {'tok/s':>7} {'MFU':>6} {'GiB':>5} "
@@ -236,13 +237,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def session() -> str:
-    """The machine since its start, as a number that says nothing else about it."""
+    """An identifier of the machine and its boot that reveals nothing else about it."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     return f"{zlib.crc32((boot + str(torch.cuda.get_device_properties(0).uuid)).encode()):08x}"
 
 
 def earlier(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows that the file has from this machine since its start, and the commands that measured them."""
+    """Rows in the file from this machine since its boot, and the commands that measured them."""
     if not path.exists():
         return [], []
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -285,7 +286,7 @@ def main() -> int:
     for name in options.only:
         refused += run(name, cases(options.layers, options.shapes, options.routings), options.repeats, rows)
         extrapolate(rows)
-        if rows:  # after every contender, so that a cut-off run leaves what it has
+        if rows:  # written after every contender, in case the run is interrupted
             date = min(row["measured"] for row in rows.values())[:10]
             about = {"date": date, "session": session(), "tokens": "random, shares as 1 / rank", "refused": refused}
             about["commands"] = commands

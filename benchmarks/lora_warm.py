@@ -1,7 +1,7 @@
-"""Triton kernels compiled on all cores before anything is timed, into the cache that every contender reads.
+"""Compilation of Triton kernels on all cores before the measurement, into the cache that every contender uses.
 
-A process compiles one kernel after the other, and flash-linear-attention tries many forms of each: minutes on a machine
-that has compiled nothing yet. Here every process tries a share of the forms.
+A process compiles kernels sequentially, and flash-linear-attention's autotuning tries many configurations of each: this
+takes minutes on a new machine. Here every process compiles a share of the configurations.
 """
 
 import importlib
@@ -21,7 +21,7 @@ PROCESSES = os.cpu_count() or 1
 
 
 def warm_up(names: Sequence[str]) -> None:
-    """Compile what these contenders use."""
+    """Compile the kernels of these contenders."""
     context = multiprocessing.get_context("spawn")
     began = time.monotonic()
     processes = []
@@ -41,7 +41,7 @@ def warm_up(names: Sequence[str]) -> None:
 
 
 def _own() -> None:
-    """A step of this project's model, two layers deep."""
+    """Run a step of this project's model with two layers."""
     bench = Bench("nextune", Setting({**FULL, "full_attention_interval": 2}, 2, "cuda", torch.bfloat16))
     for batch, length in ((4, 4096), (1, 16384)):
         bench.start(batch, length, 2, zipf=False)
@@ -49,7 +49,7 @@ def _own() -> None:
 
 
 def _share(number: int) -> None:
-    """Forward and backward of transformers' DeltaNet layer, with one share of the forms of every kernel."""
+    """Run forward and backward of transformers' DeltaNet layer with one share of each kernel's configurations."""
     try:
         lift_refusal()
     except MissingError:
@@ -66,7 +66,7 @@ def _share(number: int) -> None:
 
 
 def _autotuners() -> Iterator[Any]:
-    """Every tuner in every module that is loaded, however wrapped."""
+    """Every autotuner in the loaded modules, also inside other wrappers."""
     tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
     kernel = importlib.import_module("triton.runtime.jit").KernelInterface
     seen = set()

@@ -1,6 +1,6 @@
-"""One contender in a process of its own: built, filled, compared, stepped and timed as the parent says, through a pipe.
+"""One contender in its own process, controlled by the parent through a pipe: built, filled, compared, and timed.
 
-A process of its own frees all memory at its end, and keeps what one contender patches away from the others.
+A separate process frees all memory at its end, and isolates one contender's patches from the others.
 """
 
 import statistics
@@ -19,32 +19,32 @@ from benchmarks.lora_models import Contender, build, fill
 
 LEARNING_RATE = 5e-4
 CLIP_NORM = 1.0
-PROBED = 64  # positions of every sequence whose losses are compared between contenders
+PROBED = 64  # positions of every sequence at which losses are compared
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every contender of one comparison shares."""
+    """Settings common to all contenders of a comparison."""
 
     values: dict[str, Any]  # config.json
     layers: int
     device: str
     dtype: torch.dtype
-    threads: int = 0  # of the CPU; 0 leaves torch's choice
+    threads: int = 0  # CPU threads; 0: torch's default
 
 
 @dataclass
 class Turn:
-    """Some steps in a row."""
+    """Measurements of consecutive steps."""
 
     milliseconds: list[float] = field(default_factory=list)
-    processor_milliseconds: list[float] = field(default_factory=list)  # of all threads; on a CPU only
+    processor_milliseconds: list[float] = field(default_factory=list)  # over all threads; only on a CPU
     losses: list[float] = field(default_factory=list)
     peak_gib: float = 0.0
 
 
 class Updater:
-    """Clipped AdamW over the adapters; of adapters in bfloat16 it updates float32 copies, as DeepSpeed does."""
+    """Clipped AdamW over the adapters; bfloat16 adapters have float32 masters, as in DeepSpeed."""
 
     def __init__(self, model: nn.Module):
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -79,7 +79,7 @@ class Bench:
         self.contender: Contender = build(name, values, self.device, setting.dtype)
 
     def start(self, batch: int, time: int, layers: int, *, zipf: bool) -> list[float]:
-        """Begin anew with the first `layers` layers on a batch; the losses of some of its tokens."""
+        """Restart with the first `layers` layers on a new batch; returns the losses at `PROBED` positions."""
         del self.contender.layers[layers:]
         model = self.contender.model
         if not any(p.requires_grad for p in model.parameters()):
@@ -104,7 +104,7 @@ class Bench:
         return loss.detach()
 
     def turn(self, steps: int) -> Turn:
-        """Train for some steps; on a GPU nothing waits between them."""
+        """Train for `steps` steps; on a GPU without synchronisation between them."""
         result, losses = Turn(), []
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -126,11 +126,11 @@ class Bench:
         return result
 
     def recompute(self) -> str:
-        """What is computed again, in words; empty where the contender has no choice."""
+        """A description of what is recomputed; empty if the contender has no choice."""
         return self.settled
 
     def load(self) -> float | None:
-        """How much more than the mean the busiest expert has to do, over all layers; known of this project's model."""
+        """Rows of the busiest expert relative to the mean, averaged over layers; only for this project's model."""
         with torch.no_grad():
             output = self.contender.model(self.ids, torch.zeros_like(self.ids), labels=self.ids)
         rows = torch.stack([routing.rows for routing in output.routings.values()]).float()
@@ -156,7 +156,7 @@ class Bench:
 
 
 def tokens(batch: int, time: int, vocabulary: int) -> Tensor:
-    """Token ids drawn with shares that fall off as 1 / rank, as those of words do, ranks spread over the vocabulary."""
+    """Token ids with frequencies proportional to 1 / rank, as of words; ranks are permuted over the vocabulary."""
     generator = torch.Generator().manual_seed(7)
     shares = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float64)
     ranks = torch.multinomial(shares, batch * time, replacement=True, generator=generator)
@@ -164,7 +164,7 @@ def tokens(batch: int, time: int, vocabulary: int) -> Tensor:
 
 
 def serve(name: str, setting: Setting, pipe: Connection) -> None:
-    """Build the contender, then do what the pipe says until it says nothing more; an error is sent and ends this."""
+    """Build the contender and execute the pipe's commands until None; an error is sent and ends the process."""
     try:
         bench = Bench(name, setting)
         pipe.send(bench.contender.about)
@@ -178,6 +178,6 @@ def serve(name: str, setting: Setting, pipe: Connection) -> None:
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
-    """Median, and half of the distance between the quartiles."""
+    """Median and half of the interquartile range."""
     low, _, high = statistics.quantiles(values, n=4)
     return statistics.median(values), (high - low) / 2

@@ -1,16 +1,16 @@
 """The loss over 100 LoRA steps on one GPU: with the kernels that a run chooses there, and with their definitions.
 
-Whether many steps in bfloat16 with all fast forms learn as the definitions do. Rounding alone makes two right runs
-drift apart (a router's choice flips, Adam takes the sign of a small gradient), so how far is noise is measured beside
-it: the definitions in float32, and the definitions in bfloat16 once more with their sums in another order. All four
-start from the same weights and read the same text. Real layer widths (hidden 2048, heads and experts as released), the
-four layers of one period, 64 experts, 256 bytes as the vocabulary; a random frozen base, whose adapters learn.
+Tests whether many steps in bfloat16 with all fast kernels learn as the definitions do. Rounding alone makes two correct
+runs diverge (a router's choice flips, Adam uses the sign of a small gradient), so the noise is measured too: by the
+definitions in float32, and by the definitions in bfloat16 with sums in another order. All four start from the same
+weights and read the same text. Real layer widths (hidden 2048, heads and experts as released), the four layers of one
+period, 64 experts, bytes as vocabulary; a random frozen base with trained adapters.
 
-It shows what changes the learning, such as part of a gradient gone. An output that is off by one in a hundred drowns in
-the noise of any training run; that is for the tests of each kernel to find.
+It detects what changes learning, such as a missing part of a gradient. An output with a relative error of 1% is below
+the noise of a training run; the tests of each kernel detect that.
 
     python -m benchmarks.loss_curve --out benchmarks/results/loss_curve_h100.json
-    python -m benchmarks.loss_curve --check    # does it work? tiny, on the CPU, without the fused kernels
+    python -m benchmarks.loss_curve --check    # a quick test: tiny, on the CPU, without the fused kernels
 """
 
 import argparse
@@ -48,20 +48,20 @@ TINY = SIZES | {
 }  # fmt: skip
 SHOWN = ("hidden_size", "num_hidden_layers", "num_experts", "num_experts_per_tok", "vocab_size")
 OURS, DEFINITION, EXACT, AGAIN = "nextune", "definition", "definition_float32", "definition_reordered"
-# Times the noise that ours may be away, since both are a single sample. Of eight right runs in bfloat16 (on a CPU, 16
-# experts, hidden 64, 256 tokens a step, sums in other orders) every one served as ours against every other: in 45% of
-# the cases it was further away than the noise, up to 1.5 times. With half of one adapter's gradient gone: 12 times.
+# Accepted distance in units of the noise, since both are a single sample. Among eight correct runs in bfloat16 (on a
+# CPU, 16 experts, hidden 64, 256 tokens a step, sums in other orders), with each taken as ours against every other, 45%
+# of distances exceeded the noise, by up to 1.5 times. With half of one adapter's gradient missing: 12 times.
 MARGIN = 2.0
-FALL = 0.1  # of the first loss, at least: a loss that stands still compares nothing
+FALL = 0.1  # minimum decrease relative to the first loss; a constant loss compares nothing
 Curves = dict[str, list[float]]
 
 
 class RefusedError(RuntimeError):
-    """Curves from which nothing follows: they are not whole, nothing was learnt, or the kernels did not run."""
+    """Curves without a valid conclusion: incomplete, nothing learned, or the kernels did not run."""
 
 
 def batches(steps: int, sequences: int, tokens: int, path: Path = CORPUS) -> Tensor:
-    """Source text as bytes, (steps, sequences, tokens), no passage twice."""
+    """Source text as bytes, (steps, sequences, tokens) int64, without repeated passages."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         text = "".join(json.loads(line)["text"] for line in file).encode()
     passages = torch.frombuffer(bytearray(text), dtype=torch.uint8)[: len(text) // tokens * tokens].view(-1, tokens)
@@ -70,7 +70,7 @@ def batches(steps: int, sequences: int, tokens: int, path: Path = CORPUS) -> Ten
 
 
 def use_definitions(model: nn.Module) -> None:
-    """The loop over experts, plain torch everywhere, and adapters as peft computes them."""
+    """Use the loop over experts, plain torch everywhere, and peft's forward pass of adapters."""
     install(model, Kernels())
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
@@ -78,17 +78,17 @@ def use_definitions(model: nn.Module) -> None:
 
 
 def reorder(model: nn.Module) -> None:
-    """The same rule in shorter chunks: other sums, equal but for rounding."""
+    """Use shorter chunks in the delta rule: the same result except for rounding."""
     for module in model.modules():
         if isinstance(module, GatedDeltaNet):
             module.rule = partial(chunked_gated_delta_rule, chunk_tokens=32)
 
 
 def train(contender: Contender, data: Tensor, change: Callable[[nn.Module], object] | None = None) -> list[float]:
-    """Losses of all steps from the same beginning, each before its update.
+    """Losses of all steps from the same initial weights, each before its update.
 
     Args:
-        change: done to the model once it is filled, such as the conversion to float32.
+        change: applied to the model after filling, such as conversion to float32.
     """
     model = contender.model
     fill(model)
@@ -105,10 +105,10 @@ def train(contender: Contender, data: Tensor, change: Callable[[nn.Module], obje
 
 
 def measure(values: dict[str, Any], data: Tensor) -> tuple[Curves, str]:
-    """All four curves, and which kernels ours ran with.
+    """All four curves, and the kernels that ours used.
 
     Raises:
-        RefusedError: a fast form does not serve here, so there is nothing to measure.
+        RefusedError: a fast kernel is not usable here, so there is nothing to measure.
     """
     torch.set_float32_matmul_precision("highest")  # no TF32
     contender = build("nextune" + NO_RECOMPUTE, values, data.device, torch.bfloat16)
@@ -131,7 +131,7 @@ def measure(values: dict[str, Any], data: Tensor) -> tuple[Curves, str]:
     reorder(model)
     run(AGAIN, data.flip(1))
     use_definitions(model)
-    run(EXACT, data, nn.Module.float)  # last: it stays float32
+    run(EXACT, data, nn.Module.float)  # last, since it remains float32
     return curves, contender.about
 
 
@@ -140,10 +140,10 @@ def _told(losses: list[float]) -> str:
 
 
 def distances(curves: Curves) -> dict[str, dict[str, float]]:
-    """How far every curve is from the definition in bfloat16, and ours from that in float32: of each step |difference|.
+    """Distances |difference| of the curves: of each to the definition in bfloat16, and of ours to that in float32.
 
     Returns:
-        Mean and max over all steps, and over the second half of them.
+        Mean and maximum over all steps, and over the second half.
     """
     found = {}
     for name, other in ((OURS, DEFINITION), (EXACT, DEFINITION), (AGAIN, DEFINITION), (OURS, EXACT)):
@@ -159,10 +159,10 @@ def distances(curves: Curves) -> dict[str, dict[str, float]]:
 
 
 def verdict(curves: Curves) -> tuple[bool, str]:
-    """Whether ours lies as near to the definition as rounding leaves two right runs, and a sentence with the figures.
+    """Whether ours is as close to the definition as rounding allows, and a sentence with the figures.
 
     Raises:
-        RefusedError: the curves do not cover the same steps, a loss is not finite, or the definition learns nothing.
+        RefusedError: the curves differ in their steps, a loss is not finite, or the definition learns nothing.
     """
     broken = [name for name, losses in curves.items() if not all(map(math.isfinite, losses))]
     if broken:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: device time of a function, the machine in words, results on disk."""
+"""Helpers of the benchmarks: GPU time of a function, a description of the machine, and writing of results."""
 
 import json
 import os
@@ -15,9 +15,9 @@ PEAK = 798e12  # dense bfloat16 operations a second of an H100 or H200 (SXM)
 
 
 def milliseconds(function: Callable[[], object], *, repeats: int = 20, warm_up: int = 3) -> tuple[float, float]:
-    """Median time of one call on the GPU, and half of the distance between the quartiles.
+    """Median time of one call on the GPU in ms, and half of the interquartile range.
 
-    A large buffer is overwritten before every call, so that no call finds the last one's data in the cache.
+    A large buffer is overwritten before every call, so that its data is not in the L2 cache.
     """
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     for _ in range(warm_up):
@@ -37,12 +37,12 @@ def milliseconds(function: Callable[[], object], *, repeats: int = 20, warm_up: 
 
 
 def machine() -> dict[str, str]:
-    """Where these figures were measured, and with what."""
+    """The machine, versions and command of a measurement."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        # The same on another machine: paths of this one by their last part.
+        # Absolute paths are reduced to their last part, so that the command is valid on another machine.
         "command": " ".join(
             ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}"]
             + [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
@@ -51,7 +51,7 @@ def machine() -> dict[str, str]:
 
 
 def write_results(path: Path, values: dict[str, Any]) -> None:
-    """Write results as JSON, whole or not at all."""
+    """Write results as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(machine() | values, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """Routed experts of one frozen layer on one GPU: forward, and with the gradients of input and routing weights.
 
 Every implementation is first checked against float64 on a smaller layer. Then all are timed on the same inputs, at the
-sizes of Qwen3-Next-80B-A3B (512 experts, 10 of them for each token, hidden 2048, width 512), with experts chosen
-uniformly and with shares that follow Zipf's law. A peer that is not installed has no row.
+sizes of Qwen3-Next-80B-A3B (512 experts, 10 for each token, hidden 2048, width 512), with experts chosen uniformly and
+with Zipf-distributed load. A peer that is not installed has no row.
 
     python -m benchmarks.moe_layer --out benchmarks/results/moe_layer.json
 """
@@ -38,7 +38,7 @@ def ours(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Ten
 
 
 def torch_grouped(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Sort, two of torch's grouped products, weighted sum: what this project runs without its own kernels."""
+    """Sort, two grouped matrix products of torch, weighted sum: this project without its own kernels."""
     rows, rows_per_expert, restore = exchange_locally(x, routing_of(experts, weights, len(gate_up)))()
     return restore(experts_grouped(rows, rows_per_expert, gate_up, down))
 
@@ -59,7 +59,7 @@ def transformers_grouped() -> Implementation:
 
 
 def liger() -> Implementation:
-    """Liger's fused experts, which compute the weights' gradient too."""
+    """Liger's fused experts, which also compute the gradient of the expert weights."""
     function = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
 
     def run(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ def liger() -> Implementation:
 
 
 def axolotl() -> Implementation:
-    """axolotl's scattermoe kernels, which compute the weights' gradient too."""
-    bare_package("axolotl.integrations.kernels")  # without the rest of axolotl
+    """axolotl's scattermoe kernels, which also compute the gradient of the expert weights."""
+    bare_package("axolotl.integrations.kernels")  # without importing the rest of axolotl
     module = importlib.import_module("axolotl.integrations.kernels.libs.scattermoe_lora.parallel_experts")
 
     def run(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def implementations() -> dict[str, Implementation]:
 def inputs(
     tokens: int, experts: int, top_k: int, hidden: int, width: int, *, zipf: bool, seed: int = 0
 ) -> tuple[Tensor, ...]:
-    """Random layer and tokens in bfloat16; shares of the experts equal, or as 1 / rank."""
+    """A random layer and tokens in bfloat16; expert load is uniform, or proportional to 1 / rank."""
     torch.manual_seed(seed)
     shares = 1 / torch.arange(1, experts + 1) if zipf else torch.ones(experts)
     chosen = torch.multinomial(shares[torch.randperm(experts)].expand(tokens, -1), top_k).cuda()
@@ -114,7 +114,7 @@ def inputs(
 
 
 def check(name: str, run: Implementation) -> dict[str, float]:
-    """Relative error against float64 of the output and both gradients, on the worse of the two routings."""
+    """Relative errors of output and both gradients against float64, the larger of the two routings."""
     worst = {"y": 0.0, "dx": 0.0, "dw": 0.0}
     for zipf in (False, True):
         x, chosen, weights, gate_up, down = inputs(1024, 64, TOP_K, HIDDEN, WIDTH, zipf=zipf, seed=1)
@@ -168,7 +168,7 @@ def main() -> None:
             continue
         try:
             errors = check(name, run)
-        except Exception as error:  # a peer that does not run here is told, and the others go on
+        except Exception as error:  # a peer that does not run here is reported, and the others continue
             if name == "nextune":
                 raise
             print(f"{name}: no row, {type(error).__name__}: {error}")
@@ -179,7 +179,7 @@ def main() -> None:
                 row = {"name": name, "tokens": tokens, "routing": "zipf" if zipf else "uniform", "error": errors}
                 row |= time_one(run, tokens, zipf=zipf)
                 rows.append(row)
-                write_results(options.out, {"rows": rows})  # a run that is cut off leaves what it has
+                write_results(options.out, {"rows": rows})  # written after every row, in case the run is interrupted
                 print(
                     f"{name:24} {tokens:6} {row['routing']:8} forward {row['forward_ms']:6.2f} ms, with backward "
                     f"{row['both_ms']:6.2f} ± {row['spread_ms']:.2f} ms, {row['tflops']:4.0f} TFLOP/s, "

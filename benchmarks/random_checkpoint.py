@@ -3,8 +3,8 @@
     python -m benchmarks.random_checkpoint FOLDER --layers 12
 
 Names, shapes, dtypes, sharding and `config.json` are those of Qwen3-Coder-Next. The tokenizer is that of
-`recipes/base`, whose ids are a part of the vocabulary. Every matrix is a different stretch of one pool of normal
-numbers.
+`recipes/base`, whose ids are a subset of the vocabulary. Every matrix is a different section of one pool of normally
+distributed numbers.
 """
 
 import argparse
@@ -29,22 +29,22 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 REFERENCE = CHECKOUT / "recipes" / "reference" / "qwen3-coder-next.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 SHARD_BYTES = 4e9
-POOL_NUMBERS = 50_000_017  # a prime: stretches that start at multiples of it modulo its size repeat late
-STANDARD_DEVIATION = 0.02  # of the matrices, as released models are initialised
+POOL_NUMBERS = 50_000_017  # a prime, so that multiples of a step modulo it, the offsets, repeat late
+STANDARD_DEVIATION = 0.02  # of matrices, as in the released models' initialisation
 BFLOAT16_BYTES = 2
 
 Bytes = NDArray[np.uint8]
 
 
 def write_random_checkpoint(folder: Path, values: dict[str, object], *, threads: int | None = None) -> int:
-    """Write the checkpoint; return its size in bytes.
+    """Write the checkpoint; returns its size in bytes.
 
     Args:
-        values: `config.json`.
-        threads: files written at the same time; by default as many as there are cores.
+        values: contents of `config.json`.
+        threads: number of files written in parallel; by default the number of cores.
 
     Raises:
-        OSError: the disk has no room for it.
+        OSError: not enough space on the disk.
     """
     config = ModelConfig.from_dict(values)
     shapes = {name: slot.shape for name, slot in stored_tensors(config).items()}
@@ -98,7 +98,7 @@ def _write_shard(path: Path, shapes: dict[str, Shape], numbers: dict[str, int], 
 
 
 def _values(name: str, shape: Shape, number: int, pool: Bytes) -> Bytes:
-    """Bytes of a tensor's values, to be repeated where they are fewer than the tensor's."""
+    """Bytes of a tensor's values; the caller repeats them if they are fewer than the tensor's."""
     last = name.rpartition(".weight")[0].rpartition(".")[2] or name.rpartition(".")[2]
     generator = torch.Generator().manual_seed(number)
     count = math.prod(shape)

@@ -2,17 +2,17 @@
 
     python -m benchmarks.real_job --cards 2 --expert 2 --layers 12 --out benchmarks/results/real_job.json
 
-A random checkpoint of the released layout is made first (`benchmarks/random_checkpoint.py`). Then the real commands
+A random checkpoint of the released layout is written first (`benchmarks/random_checkpoint.py`). Then the real commands
 run: `python -m finetune plan`, `deepspeed finetune/train.py --recipe recipes/code.yaml --set ...` and `python -m
 finetune export`. `--resume` kills one rank after a checkpoint and repeats the command; `--then-expert` continues the
-run at another expert parallel size. Every training adds a row to the file that `--out` names:
+run at another expert parallel size. Every training adds a row to the file given by `--out`:
 
-    tokens_per_second        all cards together: median of the steps from the third on
-    mfu                      operations that a step must do (recomputation left out) over the cards' peak
-    peak_gib, planned_gib    tensors of rank 0: most at one time, and the plan's
-    recompute                what the plan for these cards computes again in the backward pass
-    kernels                  fused or plain, as the recipe's section of that name says
-    load_seconds             from the data's line to the weights' line of the console; trials of kernels included
+    tokens_per_second        over all GPUs: median of the steps from the third on
+    mfu                      operations of a step without recompute, relative to the GPUs' peak
+    peak_gib, planned_gib    peak of tensors on rank 0, measured and planned
+    recompute                what the plan for these GPUs recomputes in the backward pass
+    kernels                  fused or plain, from the recipe's section of that name
+    load_seconds             from the console's line about data to that about weights; includes trials of kernels
     checkpoint_blocked_seconds, export_seconds, kill_and_resume
 """
 
@@ -45,13 +45,13 @@ from finetune.plan.workload import GIB, Machine
 from finetune.recipe.load import load_recipe
 from monitoring.metrics import read_metrics
 
-WARM_STEPS = 2  # steps in which kernels compile
+WARM_STEPS = 2  # during which kernels are compiled
 LIMIT_SECONDS = 500
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command line and where it leaves its run."""
+    """One training command and its run folder."""
 
     base: Path
     folder: Path
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def settings(self) -> list[str]:
-        """`KEY=VALUE` of every `--set`."""
+        """`KEY=VALUE` of every `--set` option."""
         return [
             f"name={self.name}",
             f"model.path={self.base}",
@@ -84,25 +84,25 @@ class Job:
 
     @property
     def words(self) -> list[str]:
-        """The recipe and its `--set` on a command line."""
+        """The command-line options for the recipe and its `--set` overrides."""
         return ["--recipe", "recipes/code.yaml", *(word for s in self.settings for word in ("--set", s))]
 
     def train(self) -> list[str]:
-        """The command that trains, or goes on with, the run."""
+        """The command that starts or resumes the run."""
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(self.cards)]
         return [*launcher, "finetune/train.py", *self.words]
 
 
 @dataclass
 class Console:
-    """What a command printed, with the seconds since its start."""
+    """Output lines of a command, with seconds since its start."""
 
     lines: list[tuple[float, str]] = field(default_factory=list)
     code: int = 0
     seconds: float = 0.0
 
     def at(self, words: str) -> float | None:
-        """When the first line with these words came; None if none did."""
+        """Seconds until the first line that contains `words`; None if there is none."""
         return next((seconds for seconds, line in self.lines if words in line), None)
 
 
@@ -141,7 +141,7 @@ def measure(options: argparse.Namespace, work: Path) -> int:
         size = write_random_checkpoint(base, values)
         print(f"checkpoint of {size / 1e9:.1f} GB made in {time.perf_counter() - began:.1f} s", flush=True)
     expert = options.expert or options.cards
-    settings = zlib.crc32(" ".join(options.set).encode())  # other settings make another run
+    settings = zlib.crc32(" ".join(options.set).encode())  # other settings get another run
     name = f"real-{options.cards}-{expert}-{options.layers}-{settings:08x}"
     job = Job(base, work, options.cards, expert, options.steps, tuple(options.set), name)
     show("plan", run([sys.executable, "-m", "finetune", "plan", *job.words]))
@@ -160,10 +160,10 @@ def measure(options: argparse.Namespace, work: Path) -> int:
 
 
 def run(command: list[str], kill_when: Path | None = None) -> Console:
-    """Run a command of the checkout to its end.
+    """Run a command in the checkout and wait for its end.
 
     Args:
-        kill_when: once this exists, and one more step is recorded, a rank is killed as a machine's memory killer does.
+        kill_when: once this file exists and one more step is printed, one rank is killed by SIGKILL, like an OOM kill.
     """
     environment = {**os.environ, "PYTHONPATH": f"{CHECKOUT}:{os.environ.get('PYTHONPATH', '')}"}
     console, began = Console(), time.perf_counter()
@@ -198,7 +198,7 @@ def show(what: str, console: Console) -> Console:
 
 
 def trained(job: Job, console: Console) -> dict[str, Any]:
-    """The row of a run that has trained to its end."""
+    """The row of a completed run."""
     records = read_metrics(job.run / "metrics.jsonl")
     steps = [r for r in records if r["kind"] == "train" and WARM_STEPS < r["step"] < job.steps]
     saved = [r for r in records if r["kind"] == "checkpoint"]
@@ -235,7 +235,7 @@ def trained(job: Job, console: Console) -> dict[str, Any]:
 
 
 def this_machine(device: str, cards: int) -> Machine:
-    """What the plan of a run here is made for."""
+    """The machine for which a run here is planned."""
     if device == "cpu":
         return Machine(
             ranks=cards,
@@ -251,7 +251,7 @@ def this_machine(device: str, cards: int) -> Machine:
 
 
 def killed_and_resumed(job: Job) -> dict[str, Any]:
-    """The same job again, one rank killed after a checkpoint, repeated; its losses beside those of the run before."""
+    """Repeat the job, kill one rank after a checkpoint, and resume; compares the losses with the first run's."""
     half = job.steps // 2
     extra = (*job.overrides, f"checkpoint.every_steps={half}")
     broken = Job(job.base, job.folder, job.cards, job.expert, job.steps, extra, f"{job.name}-killed")
@@ -271,7 +271,7 @@ def killed_and_resumed(job: Job) -> dict[str, Any]:
 
 
 def other_layout(job: Job, expert: int, steps: int) -> dict[str, Any]:
-    """The run goes on for as many steps again, its experts spread over another number of ranks."""
+    """Continue the run for `steps` more steps at another expert parallel size."""
     longer = Job(job.base, job.folder, job.cards, expert, job.steps + steps, job.overrides, job.name)
     console = show(f"expert parallel {expert}", run(longer.train()))
     records = [r for r in read_metrics(job.run / "metrics.jsonl") if r["kind"] == "train" and r["step"] > job.steps + 2]
@@ -284,7 +284,7 @@ def _last(console: Console) -> list[str]:
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row; it takes the place of one for the same device, cards, layout, layers and batch."""
+    """Add a row, replacing one of the same device, cards, layout, layers and batch."""
     keys = ("device", "cards", "expert", "layers", "sequence_tokens", "micro_batch_tokens", "accumulation", "recompute")
     keys += ("kernels",)
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []

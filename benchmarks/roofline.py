@@ -2,8 +2,8 @@
 
     python -m benchmarks.roofline benchmarks/results/moe_layer_h100.json docs/roofline.svg
 
-Every row of the results of `benchmarks.moe_layer` is a point: operations of forward and input gradient, over the bytes
-that must move at least (every weight once in each direction, and each token's input, output and their gradients).
+Every row in the results of `benchmarks.moe_layer` is a point: operations of forward and input gradient, divided by the
+minimum of bytes moved (every weight once in each direction, and each token's input, output and their gradients).
 """
 
 import argparse
@@ -13,15 +13,15 @@ from pathlib import Path
 
 from benchmarks.moe_layer import EXPERTS, HIDDEN, TOP_K, WIDTH
 
-# One H100 80GB, measured: bfloat16 product of 8192 x 8192 matrices, and a copy within its memory.
+# Measured on one H100 80GB: bfloat16 product of 8192 x 8192 matrices, and a copy within its memory.
 PEAK_TFLOPS, COPY_TB = 777.0, 2.975
 SIZE, MARGIN = (720, 420), 60
-X, Y = (30.0, 1500.0), (50.0, 1000.0)  # operations a byte, TFLOP/s; both logarithmic
+X, Y = (30.0, 1500.0), (50.0, 1000.0)  # operations per byte, TFLOP/s; both axes are logarithmic
 COLOURS = {"nextune": "#c0392b", "torch_grouped_mm": "#2c7fb8", "transformers_grouped_mm": "#7f8c8d"}
 
 
 def intensity(tokens: int) -> float:
-    """Operations a byte of frozen experts, forward and input gradient."""
+    """Operations per byte of frozen experts, for forward and input gradient."""
     weights = 2 * 2 * 3 * EXPERTS * HIDDEN * WIDTH
     rows = 2 * tokens * HIDDEN * 4
     return 12 * tokens * TOP_K * HIDDEN * WIDTH / (weights + rows)

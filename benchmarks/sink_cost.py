@@ -1,7 +1,7 @@
 """What one routing record costs: in each sink, and in the training thread, on a CPU that ranks keep busy.
 
-Counts are those of 48 layers with 512 experts, as Qwen3-Next has them; drift is measured in every record. As many
-processes as the machine has cores compute all the time, as the ranks of a run on CPUs do.
+Counts have the size of Qwen3-Next's: 48 layers with 512 experts; drift is measured in every record. One process for
+each core computes all the time, as the ranks of a run on CPUs do.
 
     python -m benchmarks.sink_cost
 """
@@ -35,11 +35,11 @@ from monitoring.wandb_sink import Wandb
 
 RESULTS = Path("benchmarks/results/sink_cost.json")
 LAYERS, EXPERTS, TOKENS, TOP_K = 48, 512, 65_536, 10
-SECONDS_BETWEEN = 2.0  # records of a run are seconds apart, or minutes
+SECONDS_BETWEEN = 2.0  # pause between records, which in a run are seconds or minutes apart
 
 
 def snapshot(step: int) -> RoutingSnapshot:
-    """Uneven counts, as of a router on one kind of text."""
+    """Uneven counts, as from a router on one kind of text."""
     draw = np.random.default_rng(step)
     share = draw.gamma(0.7, size=(LAYERS, EXPERTS))
     counts = (share / share.sum(1, keepdims=True) * TOKENS * TOP_K).astype(np.int64)
@@ -74,7 +74,7 @@ def busy_cores(count: int) -> Iterator[None]:
 
 
 def milliseconds(function: Callable[[int], object], records: int, pause: float = 0.0) -> list[float]:
-    """Of each of so many calls with a step, the first left out, which opens files and fonts."""
+    """Time in ms of each of `records` calls with a step; a first call, which opens files and fonts, is not counted."""
     times = []
     for step in range(1, records + 2):
         time.sleep(pause)
@@ -105,7 +105,7 @@ def in_each_sink(run: Path, records: int) -> dict[str, list[float]]:
 
 
 def in_the_training_thread(run: Path, records: int) -> tuple[list[float], float]:
-    """How long `Sinks.routing` takes, with every sink of a run behind it; and the wait for all of them at the end."""
+    """Time of each `Sinks.routing` call with all sinks of a run, and of the final wait for them, in ms."""
     sinks = open_sinks(run, name="n", steps=records, wandb="offline", project="p", config={})
     prepared = {step: snapshot(step) for step in range(1, records + 2)}
     of = {step: measured(taken) for step, taken in prepared.items()}

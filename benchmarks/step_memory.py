@@ -1,6 +1,6 @@
 """What `train.recompute: auto` chooses for memory of several sizes, what the plan says that takes, and what it takes.
 
-One GPU stands for smaller ones: the allocator is given a part of its memory, and a step that needs more fails. Real
+One GPU simulates smaller ones: the allocator is limited to a part of its memory, and a step that needs more fails. Real
 widths, fewer layers; packed documents of random lengths; adapters of rank 16; two optimizer steps, the second measured.
 
     python -m benchmarks.step_memory --out benchmarks/results/step_memory_h100.json
@@ -30,7 +30,7 @@ from finetune.training.lora import inject
 
 @dataclass(frozen=True)
 class Case:
-    """A model of so many layers, a micro-batch, and the memory that there is."""
+    """A number of layers, a micro-batch, and the available memory in GiB."""
 
     layers: int
     batch: int
@@ -72,7 +72,7 @@ def main() -> int:
             row = {**asdict(case), "out_of_memory": str(error).splitlines()[0]}
         rows.append(row)
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
-        write_results(options.out, {"date": date, "rows": rows})  # a run that is cut off leaves what it has
+        write_results(options.out, {"date": date, "rows": rows})  # after every row, in case of an interruption
         if "out_of_memory" in row:
             print(f"{case}: {row['out_of_memory']}", flush=True)
             continue
@@ -81,7 +81,7 @@ def main() -> int:
             f" plan {row['planned_gib']:.1f}, took {row['took_gib']:.1f} GiB, {row['milliseconds']:.0f} ms",
             flush=True,
         )
-    # Beyond the room lies what the plan leaves to the allocator, which cannot use all that it has taken.
+    # The allocator's fragmentation may exceed the planned room, which leaves a reserve for it, but not the limit.
     wrong = [
         row
         for row in rows
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def measure(model: HybridMoEForCausalLM, case: Case, device: torch.device) -> dict[str, Any]:
-    """Two steps with what auto chooses; memory counts what CUDA and the kernels take beside the allocator."""
+    """Run two steps with the recompute that auto chooses; memory includes that of CUDA and kernels."""
     del model.model.layers[case.layers :]
     config = first_layers(model.settings, case.layers)
     limit = int(case.gib * GIB)
@@ -102,7 +102,7 @@ def measure(model: HybridMoEForCausalLM, case: Case, device: torch.device) -> di
     model.recompute = made.recompute
     fill(model)
     torch.cuda.empty_cache()
-    # Of the memory the allocator may have all but what CUDA and the kernels hold.
+    # The allocator gets all of the memory except that of CUDA and kernels.
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - RUNTIME_DEVICE_BYTES) / total))
     updater = Updater(model)
