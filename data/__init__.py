@@ -1,1 +1,1 @@
-"""Text in, packed tensors out. Code and the embedded corpus only: your own datasets live elsewhere."""
+"""From text to packed tensors. Holds code and the embedded corpus; users' datasets belong elsewhere."""

@@ -73,8 +73,8 @@ class Template:
         """The rendered conversation, split at control tokens and at the boundaries of supervised turns.
 
         Raises:
-            RowError: the template rejects the row, or renders earlier turns differently later, so that no mask is
-                correct.
+            RowError: the template rejects the row, or renders earlier turns differently once others follow, so that no
+                mask is correct.
         """
         mark = self._unused_character(conversation)
         messages = [self._escape(message, mark, message["role"] == "assistant") for message in conversation.messages]

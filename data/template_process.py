@@ -22,7 +22,7 @@ from data.sources import DataError, RowError
 from data.template import Piece, Template, TemplateText
 
 SECONDS_A_ROW = 4.0  # of processor time
-MOST_ENDINGS = 2  # after so many killed processes the template is rejected
+MOST_ENDINGS = 2  # the template is rejected after this number of killed processes
 MOST_MEMORY_BYTES = 4 << 30
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _TOO_MUCH = "the chat template takes more than {} for this row; shorten the row, or correct the template"

@@ -140,7 +140,7 @@ def load_tokenizer(folder: str | Path, rows: int | None = None) -> Tokenizer:
     try:
         # Without `trust_remote_code=False` it asks on the terminal whether to run code of the folder, and waits.
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing more special, and transformers believes every type in a file
+    except Exception as error:  # tokenizers has no own exception; transformers does not check types
         raise DataError(
             f"{folder}: transformers cannot read this tokenizer ({type(error).__name__}: {_one_line(error)}); copy the"
             " tokenizer files of the checkpoint again"

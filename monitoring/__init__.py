@@ -1,1 +1,1 @@
-"""Numbers in, judgement out: routing measures, health rules, sinks. Knows nothing of the trainer or of ranks."""
+"""Routing measures, health rules and sinks; independent of the trainer and of ranks."""

@@ -25,7 +25,7 @@ HISTORY_RECORDS = 50
 ENOUGH_RECORDS = 10  # needed before a value can be called unusual
 LOSS_SPREADS, LOSS_RISE, LOSS_NATS = 8.0, 0.25, 0.2  # a spike exceeds the median by the maximum of the three
 GRAD_NORM_FACTOR = 10.0
-RISE_RECORDS = 3  # the median of so many is compared, so that a single batch is not a rise
+RISE_RECORDS = 3  # the median of this number is compared, so that a single batch is not a rise
 # Rise relative to the lowest value; a training loss must also rise by LOSS_NATS, a held-out loss by standard errors.
 TRAIN_RISE: tuple[tuple[float, Level], ...] = ((0.1, "warn"), (0.5, "alert"))
 HELD_OUT_RISE: tuple[tuple[float, Level], ...] = ((0.01, "warn"), (0.05, "alert"))

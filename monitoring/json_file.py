@@ -14,7 +14,7 @@ from typing import IO, Any
 MOST_BYTES = 256 << 20  # a tokenizer.json of 250,000 tokens has 20 MB
 MOST_DEPTH = 100
 TOO_DEEP = f"nested more than {MOST_DEPTH} deep"
-_MOST_DIGITS = 300  # a float64 has at most 309; Python refuses to parse more than 4,300
+_MOST_DIGITS = 300  # the largest float64 has 309; Python refuses to parse more than 4,300
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -108,7 +108,7 @@ def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
 
 
 def parse_json(contents: bytes, place: str, *, unique_keys: bool = False) -> Any:
-    """Parse JSON in UTF-8; nesting is limited to `MOST_DEPTH`, and integers to the digits of a float64.
+    """Parse JSON in UTF-8; nesting is limited to `MOST_DEPTH`, and integers to `_MOST_DIGITS`.
 
     Args:
         place: name of the text in messages.

@@ -79,7 +79,7 @@ class LayerDrift:
 
     layer: int
     load_bits: float  # Jensen-Shannon divergence of the load shares: 0 if equal, 1 if disjoint
-    noise_bits: float  # divergence expected between two independent samples of so many rows from one router
+    noise_bits: float  # expected divergence of two independent samples of this number of rows from one router
     kept: float  # fraction of (token, choice) slots whose expert the base also chooses for that token
     probability_bits: float | None  # Jensen-Shannon divergence of the mean router probabilities
     busiest_kept: float  # fraction of the base's busiest eighth of experts that is still in the busiest eighth

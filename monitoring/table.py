@@ -91,6 +91,6 @@ def load_row(counts: NDArray[np.int64], *, columns: int = MOST_COLUMNS, unicode:
 
 
 def _experts_per_column(experts: int, columns: int) -> int:
-    """The smallest number that fits, or one less than twice as large that divides the experts evenly."""
+    """The smallest number that fits; a divisor of the number of experts instead, if one is below twice that."""
     least = -(-experts // columns)
     return next((width for width in range(least, 2 * least) if experts % width == 0), least)

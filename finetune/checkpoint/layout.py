@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, written or exported: says which file or tensor, what was found, what to do."""
+    """A checkpoint that cannot be read, written or exported; the message names file or tensor, finding and remedy."""
 
 
 class Slot(NamedTuple):

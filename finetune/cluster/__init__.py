@@ -1,1 +1,1 @@
-"""Hosts, schedulers and cards, from the standard library alone."""
+"""Hosts, schedulers, launchers and GPUs."""

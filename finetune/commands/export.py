@@ -48,7 +48,7 @@ def export_run(
         kind: merged or adapter.
         which: newest, best or step-N.
         base: folder of the base weights; by default the one in the checkpoint's recipe.
-        writer: name of the caller, stored in the mark. Any other than the command may replace its own exports, and
+        writer: name of the caller, stored in the mark. Any writer but the command may replace its own exports, and
             touches no other folder.
 
     Raises:
