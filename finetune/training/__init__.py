@@ -1,1 +1,1 @@
-"""A run on this rank: what it is made of, and the order of its events."""
+"""A run on this rank: its parts, its training step, and the order of its events."""

@@ -1,6 +1,6 @@
-"""Starting from an adapter in peft's form: ours, or one that stock peft saved on transformers' model of this family.
+"""Initialises LoRA factors from an adapter in peft's format: exported here, or saved by peft on transformers' model.
 
-What makes its factors mean the same here is compared with the recipe, and every tensor is used or refused by name.
+Rank, scaling and peft's options are compared with the recipe. A stored tensor that no target uses is an error.
 """
 
 import re
@@ -18,7 +18,7 @@ from finetune.recipe.sections import Lora
 from finetune.training.lora import ADAPTER, EXPERT_MATRICES, AdapterError
 from monitoring.json_file import FileError, read_object
 
-# What peft may add to an adapter that has no counterpart here, with the value that means nothing was added.
+# Options of peft that are not supported here, each with the value that leaves it off.
 _PLAIN: dict[str, Any] = {
     "use_dora": False,
     "bias": "none",
@@ -37,10 +37,10 @@ _EXPERTS = re.compile(rf"(?P<module>.+)\.lora_(?P<factor>[AB])\.(?P<matrix>{'|'.
 
 
 def check_adapter(folder: Path, lora: Lora) -> None:
-    """Compare rank and scale of the adapter in `folder` with the recipe's; reads its config alone.
+    """Check that rank, scaling and options of the adapter in `folder` match the recipe. Reads no weights.
 
     Raises:
-        AdapterError: it is no LoRA adapter in peft's form, or another one than the recipe asks for.
+        AdapterError: the folder holds no LoRA adapter in peft's format, or its config contradicts the recipe.
     """
     try:
         config = read_object(folder / CONFIG)
@@ -71,14 +71,17 @@ def check_adapter(folder: Path, lora: Lora) -> None:
 def adapter_values(
     folder: Path, lora: Lora, parameters: Mapping[str, torch.Size], local_experts: range
 ) -> dict[str, Tensor]:
-    """The values that the adapter in `folder` gives to these parameters of adapters, float32.
+    """Read the values of the LoRA parameters from the adapter in `folder`.
 
     Args:
-        parameters: name in our model and shape on this rank.
-        local_experts: those that this rank holds.
+        parameters: shape on this rank, by parameter name in our model.
+        local_experts: expert ids that this rank holds.
+
+    Returns:
+        Float32 values by parameter name.
 
     Raises:
-        AdapterError: a tensor has no place here, is missing, has another shape or is not finite.
+        AdapterError: a tensor is missing, is not finite, has another shape or belongs to no target.
     """
     check_adapter(folder, lora)
     wanted = {name: _stored_name(name) for name in parameters}
@@ -100,7 +103,7 @@ def adapter_values(
 
 
 def _stored_name(name: str) -> str:
-    """The name in peft's file of a parameter of ours; the wrapper of `gate_up_proj` is inside that of `down_proj`."""
+    """Convert a parameter name to peft's. In peft the wrapper of `down_proj` encloses that of `gate_up_proj`."""
     if linear := _LINEAR.fullmatch(name):
         return f"{_PREFIX}{linear['module']}.lora_{linear['factor']}.weight"
     on_experts = _EXPERTS.fullmatch(name)
@@ -110,15 +113,15 @@ def _stored_name(name: str) -> str:
 
 
 def _value(folder: Path, stored: str, value: Tensor, shape: torch.Size, rank: int, local_experts: range) -> Tensor:
-    """The stored tensor as our parameter of this shape has it: of stacked experts, those of this rank."""
+    """Convert a stored tensor to the layout of our parameter; of stacked experts, keep those of this rank."""
     if not value.isfinite().all():
         raise AdapterError(f"lora.init_from: {folder}: {stored} holds numbers that are not finite")
     found = tuple(value.shape)
     if len(shape) == 3 and value.dim() == 2:
         if ".lora_A." in stored and value.shape[0] % rank == 0:
-            value = value.unflatten(0, (-1, rank))  # every expert's rows below those of the one before
+            value = value.unflatten(0, (-1, rank))  # (experts x rank, inputs) -> (experts, rank, inputs)
         elif ".lora_B." in stored and value.shape[1] % rank == 0:
-            value = value.unflatten(1, (rank, -1)).movedim(-1, 0)  # experts innermost
+            value = value.unflatten(1, (rank, -1)).movedim(-1, 0)  # -> (experts, outputs, rank)
         if value.dim() == 3 and local_experts.stop <= value.shape[0]:
             value = value[local_experts.start : local_experts.stop]
     if value.shape != shape:

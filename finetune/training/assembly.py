@@ -1,7 +1,7 @@
-"""Everything a run is made of, put together before its first step: model, adapters, data, engine.
+"""Builds the parts of a run before its first step: model, adapters, data, engine.
 
-Each rank checks alone what it can check alone, and what one rank finds wrong is told by all of them before the next
-collective (`World.together`), so that a mistake is a sentence and not a hang.
+Each rank checks its own inputs. `World.together` raises one rank's error on all ranks before the next collective, so
+that a mistake ends the run with a message instead of a hang.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,25 +45,25 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """The parts of a run, in place on this rank's device."""
+    """The parts of a run, on this rank's device."""
 
     engine: ExpertEngine
     model: HybridMoEForCausalLM
     loader: Loader
     train_packs: int  # sequences of the training data
-    evaluation: Sequence[Batch]  # of the held-out rows; read when they are asked for
-    probe: Batch  # this rank's part of the tokens on which routing is compared with the base
+    evaluation: Sequence[Batch]  # held-out micro-batches of this rank, read lazily
+    probe: Batch  # this rank's part of the tokens whose routing is compared with the base model's
     adapted: list[str]  # modules with adapters; empty in full-parameter training
-    data: dict[str, dict[str, int]]  # how much there is to train on and to measure on
+    data: dict[str, dict[str, int]]  # amounts of training and held-out data
 
 
 def assemble(recipe: Recipe, folder: Path, world: World, say: Say, progress: Callable[[], None]) -> Assembly:
-    """Put the run together. Collective.
+    """Build the parts of a run. Collective.
 
     Args:
         folder: of the base checkpoint.
-        say: tells the user what is being done; on rank 0 only.
-        progress: called whenever a part of the work is done, from now on in every forward pass too.
+        say: prints a sentence for the user, on rank 0 only.
+        progress: called after each piece of work, and later before every block of every forward pass.
     """
     config = ModelConfig.from_folder(folder)
     train, held_out = _datasets_of_all(recipe, lambda: load_tokenizer(folder, config.vocab_size), world, progress)
@@ -82,7 +82,7 @@ def assemble(recipe: Recipe, folder: Path, world: World, say: Say, progress: Cal
         say(f"proved: the loss of {name} reaches what trains (gradient norm {norm:.3g})")
 
     if recipe.parallel.offload == "nvme" and recipe.parallel.offload_path:
-        with world.together(RecipeError):  # room for all of it is asked for when it is known how much
+        with world.together(RecipeError):  # tests write access; the full size is allocated later
             zeros_on_disk(expanded(recipe.parallel.offload_path), torch.empty(1))
     accumulation = recipe.accumulation(world.size)
     loader = Loader(
@@ -117,7 +117,7 @@ def _check_amount(train: Dataset, recipe: Recipe) -> None:
 
 
 def _choose_what_trains(model: HybridMoEForCausalLM, recipe: Recipe, world: World, say: Say) -> list[str]:
-    """Put adapters in place and freeze what does not train; return the names of the adapted modules."""
+    """Inject adapters and freeze what does not train; return the names of the adapted modules."""
     adapted = []
     with world.together(AdapterError):
         if recipe.lora is not None:
@@ -144,7 +144,7 @@ def _choose_what_trains(model: HybridMoEForCausalLM, recipe: Recipe, world: Worl
 
 
 def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
-    """Number format of the weights: as the recipe says, or what suits the device."""
+    """Dtype of the weights: the recipe's; for `auto`, bfloat16 on a GPU and float32 on the CPU."""
     if recipe.model.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[recipe.model.dtype]
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -153,9 +153,10 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
 def _datasets_of_all(
     recipe: Recipe, tokenizer: Callable[[], Tokenizer], world: World, progress: Callable[[], None]
 ) -> tuple[Dataset, Dataset | None]:
-    """The data on every rank. Rank 0 reads the sources, one rank of each host reads the cache, the others open it.
+    """Open training and held-out data on every rank. Collective.
 
-    Bad data is so reported after one reading, and nothing is hashed twice. Collective.
+    Rank 0 reads the sources, the first rank of every other host checks its cache, and the remaining ranks only open it.
+    Bad data is therefore reported after one pass over it, and a host hashes nothing twice.
     """
     found: list[Known | None] = [None, None]
     with world.together(DataError):
@@ -163,7 +164,7 @@ def _datasets_of_all(
             found = [made.known if made else None for made in datasets(recipe, tokenizer(), (None, None), progress)]
     found = cast(list[Known | None], world.gather(found)[0])
     with world.together(DataError):
-        if world.leads_host and not world.is_main:  # where the disk is shared it is there, and compared like any other
+        if world.leads_host and not world.is_main:  # on a shared disk this only verifies rank 0's cache
             datasets(recipe, tokenizer(), found, progress)
     with world.together(DataError):
         train, held_out = (open_known(cache_of(recipe), known) if known else None for known in found)
@@ -176,7 +177,7 @@ def _model(
     recipe: Recipe, config: ModelConfig, folder: Path, world: World, say: Say, progress: Callable[[], None]
 ) -> HybridMoEForCausalLM:
     dtype, room = dtype_of(recipe, world.device), world.free_memory()
-    with init_empty_weights(include_buffers=True):  # without buffers it would untie the head from the embedding
+    with init_empty_weights(include_buffers=True):  # with buffers excluded, it would untie the head
         model = HybridMoEForCausalLM(config, world.experts(config.num_experts))
     with world.together(CheckpointError, KernelError, RecipeError):
         kernels = choose(
@@ -193,7 +194,7 @@ def _model(
             model.tie()
             initialise(model, recipe.train.seed)
     install(model, kernels)
-    for block in model.model.blocks:  # training, evaluation and probes go through each of them, recomputation too
+    for block in model.model.blocks:  # every forward pass runs them, also evaluation and recomputation
         block.register_forward_pre_hook(lambda *_: progress())
     if world.expert_group is not None:
         attach(model, world.expert_group)
@@ -214,10 +215,12 @@ def _model(
 def _recompute(
     recipe: Recipe, config: ModelConfig, kernels: Kernels, world: World, room: int
 ) -> tuple[tuple[Recompute, ...], str]:
-    """What every layer computes again in the backward pass, and why; the same on all ranks. Communicates.
+    """Choose what every layer recomputes in the backward pass, the same on all ranks; return it with the reason.
+
+    Communicates.
 
     Args:
-        room: bytes that every rank can take, the model included.
+        room: bytes available on every rank, model included.
     """
     asked = asked_for(config, recipe.train.recompute)
     if asked is not None:
@@ -225,21 +228,21 @@ def _recompute(
     on_gpu = world.device.type == "cuda"
     machine = Machine(
         ranks=world.size,
-        ranks_per_node=1,  # the memory is each rank's own
+        ranks_per_node=1,  # `room` is the memory of one rank
         device_name=str(world.device),
         device_bytes=room if on_gpu else None,
         host_bytes=None if on_gpu else room,
     )
     forms = recipe.kernels.model_copy(update=kernels.names)
     made = plan(config, recipe.model_copy(update={"kernels": forms}), machine)
-    # Should a kernel serve on some cards only, their plans differ: what any rank computes again, all do.
+    # Plans differ where a kernel is available on some cards only. What any rank recomputes, all ranks recompute.
     counts = world.sum(torch.tensor(made.recompute, dtype=torch.int32, device=world.device))
     agreed = tuple(Recompute(mixer > 0, experts > 0) for mixer, experts in counts.tolist())
     return agreed, f"as the plan of {made.rank_bytes / GIB:.1f} in {(made.work.room_bytes or 0) / GIB:.1f} GiB allows"
 
 
 def _part(batch: Batch, world: World) -> Batch:
-    """Packs of this rank in a batch that all ranks share; every rank gets as many, filled up with padding."""
+    """Select the packs of this rank, after padding packs that give every rank the same number."""
     short = -batch.input_ids.shape[0] % world.size
     fills = {"input_ids": 0, "labels": -100, "segment_ids": PADDING}
     padded = [

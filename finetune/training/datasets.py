@@ -18,11 +18,11 @@ def datasets(
     known: Sequence[Known | None] = (None, None),
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out data of the recipe, tokenised once and kept, and compared with what was written.
+    """Tokenise training and held-out data of the recipe, or open them from the cache and verify its hashes.
 
     Args:
-        known: which data they are, where another host has found them.
-        progress: called whenever a part of the work is done.
+        known: identity of the training and held-out data, if another host has already determined it.
+        progress: called after each piece of work.
 
     Raises:
         DataError: a source is missing, holds rows that cannot be read, or leaves nothing to train on.
@@ -39,7 +39,7 @@ def datasets(
             over_long=data.over_long,
             cache=cache_of(recipe),
             known=known,
-            report=lambda line: print(line, flush=True),  # only the rank that builds says anything
+            report=lambda line: print(line, flush=True),  # called only on the rank that tokenises
             progress=progress,
         )
 
@@ -47,6 +47,6 @@ def datasets(
 
 
 def cache_of(recipe: Recipe) -> Path:
-    """Where tokenised data is kept."""
+    """Folder of the tokenised data."""
     cache = recipe.data.cache
     return expanded(cache).absolute() if cache else folder_of(recipe).parent / ".cache"

@@ -1,4 +1,4 @@
-"""How many steps a run given in epochs takes: known once the training data is tokenised and packed."""
+"""Converts `train.epochs` to steps, which requires tokenised and packed training data."""
 
 import math
 from pathlib import Path
@@ -11,15 +11,18 @@ from finetune.recipe.recipe import Recipe
 
 
 def steps_of_epochs(recipe: Recipe, packs: int) -> int:
-    """The steps in which every one of `packs` training sequences is seen `train.epochs` times, rounded up."""
+    """Number of steps that make `train.epochs` passes over `packs` training sequences, rounded up."""
     per_step = recipe.train.global_batch_tokens // recipe.train.sequence_tokens
     return math.ceil(recipe.train.epochs * packs / per_step)
 
 
 def with_steps(recipe: Recipe, packs: int) -> tuple[Recipe, list[str]]:
-    """The recipe with `train.steps` as its epochs mean over so many sequences, and the sentence that says so.
+    """Set `train.steps` from `train.epochs`; return the recipe and sentences for the user.
 
-    The same data and batch give the same number again, so a resumed run keeps it.
+    The result depends only on data and batch size, so a resumed run gets the same number.
+
+    Args:
+        packs: number of training sequences.
     """
     if not recipe.train.epochs:
         return recipe, []
@@ -36,7 +39,7 @@ def with_steps(recipe: Recipe, packs: int) -> tuple[Recipe, list[str]]:
 
 
 def planned_steps(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The same for a plan: tokenises the data, which a run then finds done, where the tokenizer is on this machine."""
+    """Like `with_steps`, for a plan. Tokenises the data into the cache if the tokenizer is on this machine."""
     if not recipe.train.epochs:
         return recipe, []
     folder = tokenizer_folder(recipe)
@@ -53,7 +56,7 @@ def planned_steps(recipe: Recipe) -> tuple[Recipe, list[str]]:
 
 
 def tokenizer_folder(recipe: Recipe) -> Path | None:
-    """The folder on this machine that holds the model's tokenizer, or None; nothing is fetched."""
+    """The local folder that holds the model's tokenizer, or None. Downloads nothing."""
     path = recipe.model.path
     here = resolve(path)
     if here is not None:

@@ -1,4 +1,4 @@
-"""Held-out loss, and routing of fixed probe tokens beside the base model's: forward passes that train nothing."""
+"""Evaluation without gradients: held-out loss, and routing of fixed probe tokens compared with the base model's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ NEVER_BETTER = "training never improved on the base: no held-out loss is below t
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Loss on held-out rows, mean over supervised tokens, and its parts by micro-batch for paired comparison."""
+    """Mean loss over the supervised held-out tokens, and its parts by micro-batch for paired comparison."""
 
     loss: float
     tokens: int
-    # Summed loss and supervised tokens of every micro-batch, in the order of the held-out rows on any number of ranks.
+    # Summed loss and supervised tokens of every micro-batch, in the order of the rows, whatever the number of ranks.
     parts: list[tuple[float, int]]
 
 
 @torch.no_grad()
 def held_out(model: HybridMoEForCausalLM, batches: Sequence[Batch], world: World) -> HeldOut:
-    """Loss of the model as it is now on these batches, over all ranks. Collective.
+    """Compute the held-out loss of the current model over all ranks. Collective.
 
     Args:
-        batches: this rank's, as `data.loader.EvaluationBatches` deals them: micro-batch by micro-batch over the ranks,
-            equally many on each.
+        batches: this rank's micro-batches, the same number on every rank. `data.loader.EvaluationBatches` assigns them
+            to the ranks round-robin.
     """
     was_training = model.training
     model.eval()
@@ -49,7 +49,7 @@ def held_out(model: HybridMoEForCausalLM, batches: Sequence[Batch], world: World
 
 @dataclass(frozen=True)
 class ProbedRouting:
-    """Where this rank's probe tokens go, layer by layer."""
+    """Routing of this rank's probe tokens in every layer."""
 
     experts: Tensor  # (layers, tokens, top_k)
     counts: Tensor  # (layers, experts) rows
@@ -58,10 +58,10 @@ class ProbedRouting:
 
 @torch.no_grad()
 def probe_routing(model: HybridMoEForCausalLM, batch: Batch, packs_at_once: int | None = None) -> ProbedRouting:
-    """Routing of the probe tokens by the model as it is now.
+    """Route the probe tokens through the current model.
 
     Args:
-        packs_at_once: how many sequences are run at a time, to stay within the memory of a micro-batch; all by default.
+        packs_at_once: sequences per forward pass, to stay within the memory of a micro-batch; by default all.
     """
     was_training = model.training
     model.eval()
@@ -84,17 +84,17 @@ def probe_routing(model: HybridMoEForCausalLM, batch: Batch, packs_at_once: int 
 
 @dataclass(frozen=True)
 class RoutingComparison:
-    """Probe routing of the base and of the model now, over all ranks, on the host."""
+    """Probe routing of the base model and of the current model, over all ranks, on the host."""
 
     base_counts: Tensor
     counts: Tensor
-    kept: Tensor  # (layers,) fraction of (token, choice) slots whose expert the base chooses for that token too
+    kept: Tensor  # (layers,) fraction of (token, choice) slots whose expert the base model also chooses for that token
     base_probabilities: Tensor  # (layers, experts) mean over the probe tokens
     probabilities: Tensor
 
 
 def compare_routing(base: ProbedRouting, now: ProbedRouting, world: World) -> RoutingComparison:
-    """The two routings side by side, on the host. Communicates; one copy from the device."""
+    """Sum both routings over all ranks. Communicates; copies to the host once."""
     same = (now.experts.unsqueeze(-1) == base.experts.unsqueeze(-2)).any(-1).sum((1, 2))
     slots = torch.full_like(same, now.experts[0].numel())
     parts = [base.counts, now.counts, base.probability_sums, now.probability_sums, same[:, None], slots[:, None]]
@@ -108,14 +108,14 @@ def compare_routing(base: ProbedRouting, now: ProbedRouting, world: World) -> Ro
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on this device. A GPU fetches it from pinned memory by itself; nothing waits for that here."""
+    """Move the batch to this device. The copy to a GPU is asynchronous, from pinned memory."""
     if device.type == "cuda":
         return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch))
     return Batch(*(tensor.to(device) for tensor in batch))
 
 
 def held_out_sentences(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the lines of metrics.jsonl say of the held-out loss before and after; nothing where it was measured once."""
+    """Describe the change of held-out loss recorded in metrics.jsonl; empty with fewer than two evaluations."""
     evaluations = [record for record in records if record["kind"] == "eval"]
     if len(evaluations) < 2:
         return []

@@ -1,4 +1,4 @@
-"""What a run writes down: each record goes to the sinks, then to the health rules, whose findings follow it."""
+"""Writes records of a run to the sinks, then applies the health rules and writes their findings."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,28 +15,28 @@ class Journal:
     """The records of one run. Rank 0 writes; on the other ranks every call does nothing."""
 
     def __init__(self, recipe: Recipe, folder: Path, world: World, health: Health, step: int):
-        """Open the sinks, and move aside what an earlier start recorded of steps after `step`.
+        """Open the sinks, and move aside records of an earlier start for steps after `step`.
 
         Args:
-            health: the rules with what they remember, which goes into every checkpoint.
+            health: the health rules and their state, which every checkpoint stores.
         """
         self.reasons_to_stop: list[str] = []  # findings of level `stop`
         self._is_main, self._health = world.is_main, health
         self._sinks = _sinks(recipe, folder, step) if world.is_main else Sinks([])
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write a record of any kind but `routing`, and the findings about it."""
+        """Write a record of any kind but `routing`, and its findings."""
         if self._is_main:
             self._sinks.write(record)
             self._judge(record)
 
     def routing(self, snapshot: RoutingSnapshot, drifts: Sequence[LayerDrift] | None) -> None:
-        """Write the routing record of one window, and the findings about it."""
+        """Write the routing record of one window, and its findings."""
         if self._is_main:
             self._judge(self._sinks.routing(snapshot, routing_measures(snapshot), drifts))
 
     def close(self) -> None:
-        """Finish what is pending; nothing is written afterwards."""
+        """Flush and close the sinks. Later records are not written."""
         self._sinks.close()
 
     def _judge(self, record: Mapping[str, Any]) -> None:

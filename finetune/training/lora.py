@@ -1,9 +1,9 @@
-"""Low-rank adapters: which modules, put in place, and proof that exactly those were.
+"""LoRA adapters: selects target modules, injects adapters, and asserts that exactly those modules have them.
 
-Linear layers are adapted by peft, without its wrapper: `inject_adapter_in_model` replaces each target `nn.Linear` in
-place, so no other parameter is renamed: the weight of an adapted module becomes `...base_layer.weight`, its factors
-`...lora_A.default.weight` and `lora_B`. The routed experts are adapted by ourselves (`Experts.adapt`), one pair of
-factors an expert and matrix: peft would build the adapted weights of all experts in every forward pass.
+peft adapts linear layers, without its model wrapper: `inject_adapter_in_model` replaces each target `nn.Linear` in
+place. The weight of an adapted module becomes `...base_layer.weight`, its factors `...lora_A.default.weight` and
+`...lora_B.default.weight`; no other parameter is renamed. `Experts.adapt` adapts the routed experts, with one pair of
+factors per expert and matrix: peft would materialise the adapted weights of all experts in every forward pass.
 """
 
 import math
@@ -28,11 +28,11 @@ EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 
 
 class AdapterError(ValueError):
-    """Adapters that the recipe asks for and this model has no place for."""
+    """The requested adapters cannot be applied to this model, or an adapter cannot be loaded into it."""
 
 
 class AdaptedLinear(Linear):  # type: ignore[misc]
-    """peft's adapted linear layer, computed in one function instead of in passes over its output; without dropout."""
+    """peft's LoRA linear layer without dropout, computed by one autograd function."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disable_adapters:
@@ -42,11 +42,10 @@ class AdaptedLinear(Linear):  # type: ignore[misc]
 
 
 def target_modules(model: HybridMoEForCausalLM, targets: Sequence[str]) -> list[str]:
-    """Full names of the modules that `targets` mean in this model, in order.
+    """Full names of the modules that `targets` select in this model, in order.
 
-    A target is the last part of a module's name (`q_proj`; `experts`, the routed experts of a layer), `shared_expert`
-    for its three projections, or `all-linear` for all of these but the routed experts. Layers that have no such module
-    simply have none; a target that no layer has is an error.
+    A target is the last part of a module's name (`q_proj`; `experts` for the routed experts), `shared_expert` for its
+    three projections, or `all-linear` for all of these but the routed experts. A layer need not have every target.
 
     Raises:
         AdapterError: a target that no layer of this model has.
@@ -78,13 +77,13 @@ def inject(
     seed: int,
     rslora: bool = False,
 ) -> list[str]:
-    """Adapt the targets and freeze everything else; return the names of the adapted modules.
+    """Inject adapters into the targets and freeze everything else; return the names of the adapted modules.
 
-    Factor A is drawn with a seed of its own (each expert's with its own, whichever rank holds it), factor B is zero, so
-    the adapted model starts as the base model. Dropout leaves the linear layers to peft's own forward, which is slower.
+    Factor A is random and factor B is zero, so the adapted model initially equals the base model. Each expert has its
+    own seed, so factor A does not depend on the expert's rank. With dropout, linear layers use peft's slower forward.
 
     Args:
-        rslora: scale by alpha / sqrt(rank) in place of alpha / rank.
+        rslora: scale by alpha / sqrt(rank) instead of alpha / rank.
     """
     names = target_modules(model, targets)
     experts = [name for name in names if isinstance(model.get_submodule(name), Experts)]
@@ -96,7 +95,7 @@ def inject(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear, bias="none", use_rslora=rslora
         )
         if not dropout:
-            config._register_custom_module({nn.Linear: AdaptedLinear})  # peft's documented way, underscore and all
+            config._register_custom_module({nn.Linear: AdaptedLinear})  # documented by peft despite the underscore
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model, adapter_name=ADAPTER)
@@ -112,14 +111,14 @@ def inject(
 
 
 def _draw(factor: Tensor, key: str) -> None:
-    """Fill factor A of one expert as peft fills that of a linear layer: uniform, bound 1 / sqrt(inputs)."""
+    """Initialise factor A of one expert as peft does for a linear layer: uniform, bound 1 / sqrt(inputs)."""
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     bound = 1 / math.sqrt(factor.shape[1])
     factor.copy_(torch.empty(factor.shape).uniform_(-bound, bound, generator=generator))
 
 
 def _assert_adapted(model: nn.Module, linear: list[str], experts: list[str]) -> None:
-    """Exactly these modules have adapters, and exactly their factors train."""
+    """Assert that exactly these modules have adapters, and that exactly their factors train."""
     by_peft = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     assert by_peft == linear, f"peft adapted {sorted(set(by_peft) ^ set(linear))[:5]} other than asked"
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -129,7 +128,7 @@ def _assert_adapted(model: nn.Module, linear: list[str], experts: list[str]) -> 
 
 
 def adapter_scale(model: nn.Module) -> dict[str, float] | None:
-    """Rank of the adapters of a model, and what the product of their factors is multiplied by; None without any."""
+    """Rank and scaling of a model's adapters; None without adapters."""
     for module in model.modules():
         if isinstance(module, Experts) and module.lora_A:
             return {"rank": next(iter(module.lora_A.values())).shape[1], "scaling": module.lora_scale}
@@ -140,7 +139,7 @@ def adapter_scale(model: nn.Module) -> dict[str, float] | None:
 
 @contextmanager
 def base_model(model: nn.Module) -> Iterator[None]:
-    """The frozen base: adapters switched off inside the `with` block."""
+    """Disable all adapters inside the `with` block, which leaves the frozen base model."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | Experts)]
     _switch(layers, on=False)
     try:

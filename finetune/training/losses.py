@@ -1,7 +1,7 @@
-"""Router losses. Pure functions of what the router said; nothing here knows about ranks.
+"""Router losses: pure functions of the router's logits and choices, without communication.
 
-Both are written as sums that add up: over micro-batches, over ranks, over anything the tokens of a step are divided
-into. Divided by numbers counted over the whole step, the parts sum to the loss of the step, whatever the division.
+Each function returns a sum over its tokens, divided by the token count of the whole step. The results of all
+micro-batches and ranks therefore add up to the loss of the step, however its tokens are partitioned.
 """
 
 import torch
@@ -15,19 +15,19 @@ def load_balance(
     group: Int[Tensor, " tokens"],
     step_tokens: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Penalty for sending many tokens to experts that are also given high probability; this batch's part of it.
+    """Load-balancing loss of one layer: the part of this batch.
 
-    experts * sum over tokens t of sum_e f[g(t), e] p[t, e], divided by the tokens of the step. With f even it is this
-    batch's share of 1 for the step; when one expert takes all it tends to its share of `experts`.
+    experts * sum over tokens t of sum_e f[g(t), e] p[t, e], divided by the tokens of the step. Summed over the step it
+    is 1 for even load and approaches `experts` when one expert receives all tokens.
     (transformers' `load_balancing_loss_func` is top_k times this, and pools the layers.)
 
-    Only p carries a gradient; f may be counted over more tokens than `logits` holds: over the whole step to balance the
-    step (one group), over the micro-batch, or over each document (a group each).
+    Only p, the softmax of `logits`, carries a gradient. f may be counted over more tokens than `logits` holds: over the
+    whole step or the micro-batch (one group), or over each document (one group per document).
 
     Args:
-        share: f, the share of a group's rows that each expert received; rows sum to 1.
-        group: which row of `share` each token is balanced within.
-        step_tokens: tokens of the whole step, all ranks and micro-batches, padding excluded.
+        share: f, the share of a group's rows that each expert received; each group sums to 1.
+        group: index into `share` of each token's group.
+        step_tokens: tokens of the whole step over all ranks and micro-batches, padding excluded.
 
     Source: arXiv 2101.03961, eq. 4-6; counting over the whole step: arXiv 2501.11873.
     """
@@ -41,16 +41,16 @@ def load_balance(
 def load_share(
     experts: Int[Tensor, "tokens top_k"], group: Int[Tensor, " tokens"], groups: int, num_experts: int
 ) -> Float[Tensor, "groups experts"]:
-    """Share of each group's rows that every expert received, float32; a group without tokens has zeros."""
+    """Share of each group's rows that every expert received, float32; zeros for a group without tokens."""
     slot = (group.unsqueeze(-1) * num_experts + experts).flatten()
-    # Not bincount, which waits for a GPU to learn the largest value.
+    # bincount would synchronise with the GPU to read the largest value.
     counts = slot.new_zeros(groups * num_experts).scatter_add(0, slot, torch.ones_like(slot))
     counts = counts.view(groups, num_experts).float()
     return counts / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
 def router_z(logits: Float[Tensor, "tokens experts"], step_tokens: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Part of this batch in the mean over the step of (log sum exp logits)^2; keeps logits small.
+    """Router z-loss, the mean over the step of (log sum exp logits)^2: the part of this batch. Keeps logits small.
 
     Source: arXiv 2202.08906, eq. 5.
     """

@@ -1,10 +1,9 @@
-"""A step whose loss or gradient is not finite: where that comes from, and its batch kept to look at.
+"""Diagnosis of a step whose loss or gradient is not finite, and storage of its batch.
 
-`optimize` has left such a step out on every rank, so that nothing that trains has changed. What is kept, in
-`crash/step-N/`, is enough to run the step again: `batches.safetensors` holds `input_ids`, `labels` and `segment_ids`
-(micro-batches, ranks, packs, tokens), `packs` (which packs of the training data, without the last axis) and `loss_sums`
-(of each pack, without dropout); `step.json` says the rest. `safetensors.torch.load_file` reads it, and
-`python -m finetune replay` forwards it again.
+`optimize` skips such a step on every rank and changes no parameter. `crash/step-N/` stores what is needed to repeat it.
+`batches.safetensors` holds `input_ids`, `labels` and `segment_ids` (micro-batches, ranks, packs, tokens), and without
+the last axis `packs` (indices of packs in the training data) and `loss_sums` (of each pack, without dropout).
+`step.json` holds step number, learning rate, seeds and layout. `python -m finetune replay` repeats the forward pass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,14 +22,14 @@ from finetune.checkpoint.shards import listed
 from finetune.distributed.world import World
 from finetune.model.model import HybridMoEForCausalLM
 
-MOST_IN_A_ROW = 5  # of steps left out: more is no accident of the data, and would pass over all of it
+MOST_IN_A_ROW = 5  # skipped steps; more are unlikely to be caused by single bad rows of the data
 MOST_NAMED = 3
-BATCH, FACTS = "batches.safetensors", "step.json"  # what a kept step holds
+BATCH, FACTS = "batches.safetensors", "step.json"  # files of a stored step
 
 
 @dataclass
 class LeftOut:
-    """How many steps were left out: of the whole run, which the optimizer has not counted, and without one between."""
+    """Skipped steps of the whole run, which the optimizer does not count, and those in a row up to now."""
 
     total: int = 0
     in_a_row: int = 0
@@ -38,9 +37,10 @@ class LeftOut:
 
 @torch.no_grad()
 def losses_of_packs(model: HybridMoEForCausalLM, batches: Sequence[Batch], world: World) -> Tensor:
-    """Summed loss of every pack by itself, without dropout: (micro-batches, ranks, packs), float64. Collective.
+    """Compute the summed loss of every pack, without dropout, in one forward pass per pack. Collective.
 
-    One forward pass for each pack, as many on every rank.
+    Returns:
+        (micro-batches, ranks, packs) float64 on the host; every rank has the same number of packs.
     """
     was_training = model.training
     model.eval()
@@ -56,10 +56,11 @@ def losses_of_packs(model: HybridMoEForCausalLM, batches: Sequence[Batch], world
 
 
 def origin(losses: Tensor, packs: Tensor) -> str:
-    """Which packs have a loss that is not finite, in words.
+    """Name the packs whose loss is not finite.
 
     Args:
-        packs: numbers in the training data of those that `losses` (micro-batches, ranks, packs) are of.
+        losses: (micro-batches, ranks, packs).
+        packs: their indices in the training data, in the same shape.
     """
     places = (~losses.isfinite()).nonzero().tolist()
     if not places:
@@ -74,9 +75,9 @@ def origin(losses: Tensor, packs: Tensor) -> str:
 
 @torch.no_grad()
 def broken_weights(model: HybridMoEForCausalLM, world: World) -> str | None:
-    """Which parameters hold infinite or undefined numbers on any rank, in words; None if all are finite. Collective.
+    """Name the parameters that hold infinite or undefined numbers on any rank; None if all are finite. Collective.
 
-    What was read of the base was finite, or the run would not have begun.
+    The base weights were finite when they were loaded, which is checked.
     """
     mine = [f"{name} ({described(p)})" for name, p in model.named_parameters() if not all_finite(p.detach())]
     everyone = cast(list[list[str]], world.gather(mine))
@@ -99,12 +100,12 @@ def _check_own(folder: Path) -> None:
 def keep_batch(
     folder: Path, batches: Sequence[Batch], packs: Tensor, losses: Tensor, facts: Mapping[str, Any], world: World
 ) -> None:
-    """Write the batch of all ranks into `folder`, whole, in place of an earlier one. Not to be called under `together`.
+    """Write the batch of all ranks into `folder`, atomically, in place of an earlier one.
 
-    Communicates: every rank hands its micro-batches to rank 0, which writes.
+    Communicates: rank 0 gathers the micro-batches and writes them. Must not be called inside `World.together`.
 
     Raises:
-        CheckpointError: the disk refused; on rank 0.
+        CheckpointError: writing failed; on rank 0 only.
     """
     mine = {name: torch.stack([getattr(batch, name) for batch in batches]).cpu() for name in Batch._fields}
     everyone: list[Any] = world.gather(mine)

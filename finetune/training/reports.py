@@ -1,4 +1,4 @@
-"""The training line and the routing record: when each is due, and what it says about the steps since the last one."""
+"""The training line and the routing record: when each is due, and their sums over the steps since the last one."""
 
 import resource
 from typing import Any
@@ -16,23 +16,23 @@ from monitoring.routing import LayerDrift, RoutingSnapshot, routing_drift
 
 
 class Reports:
-    """The reports of one run: the sums since the last ones, the time that they took, and the base model's routing."""
+    """Reports of one run. Holds the sums and seconds since the last reports, and the base model's probe routing."""
 
     def __init__(self, recipe: Recipe, world: World, model: HybridMoEForCausalLM, probe: Batch):
-        """Measure the routing of the probe tokens by the base model, so make it before a checkpoint is restored.
+        """Measure the base model's routing of the probe tokens. Must run before a checkpoint is restored.
 
         Args:
-            probe: this rank's part of the tokens on which routing is compared with the base.
+            probe: this rank's part of the tokens whose routing is compared with the base model's.
         """
         self.clock = Clock()
-        self.grad_norm = 0.0  # of the last step that was finite
+        self.grad_norm = 0.0  # of the last step with a finite gradient
         self._recipe, self._world, self._model, self._probe = recipe, world, model, probe
         self._layers = model.settings.moe_layers
         self.windows = Windows(len(self._layers), model.settings.num_experts, world.device)
         self._base_routing = self._probe_routing() if recipe.drift_every_steps else None
 
     def write(self, journal: Journal, step: int, lr: float) -> bool:
-        """Write what is due after this step; whether anything was. Communicates when something is due."""
+        """Write the reports that are due after this step; return whether any was. Communicates if one is due."""
         train, monitor = self._recipe.train, self._recipe.monitor
         report = step == 1 or is_due(step, train.log_every_steps, train.steps)
         drift_every = self._recipe.drift_every_steps
@@ -43,8 +43,8 @@ class Reports:
             return False
         since_report, since_routing = self.windows.close(self._world, report=report, routing=routing)
         line = self._training_line(since_report, step, lr)
-        # Routing first: the training line on the console names the worst layer of this window, not of the one before.
-        if routing and since_routing.tokens > 0:  # else every step of the window was left out
+        # Routing first: the training line on the console names the worst layer of the latest routing record.
+        if routing and since_routing.tokens > 0:  # else every step of the window was skipped
             snapshot = RoutingSnapshot(step, self._layers, since_routing.rows, since_routing.tokens)
             with self.clock.stopped():
                 journal.routing(snapshot, self._drift() if drift else None)
@@ -54,11 +54,11 @@ class Reports:
         return True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the open windows beside their sums."""
+        """State of the open windows for a checkpoint, without their sums."""
         return {"seconds": self.clock.seconds, "grad_norm": self.grad_norm}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Continue the window of the training line; None, from a checkpoint that stored no seconds, begins it anew."""
+        """Continue the window of the training line. None, from a checkpoint without this state, starts a new window."""
         if state is None:
             self.windows.sums[0].zero_()
         else:
@@ -97,12 +97,12 @@ class Reports:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something done every so many steps is due after this one; after the last step everything is, once."""
+    """Whether something done every `every` steps (0: never) is due after this step; always true after the last."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this rank has held so far: on its GPU, or on the host when it has none."""
+    """Peak memory of this rank so far: allocated on its GPU, or resident on the host without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,8 +1,8 @@
-"""The router's part of the loss of a whole step, and the proof that it reaches what trains.
+"""Router losses of a whole step, and a check that their gradient reaches trainable parameters.
 
-Load is balanced over the step by default: the share of rows that each expert received is counted over all ranks and
-all micro-batches before any gradient is taken. With one micro-batch a rank that costs one all-reduce of layers x
-experts numbers; with more it needs a forward pass without gradient over the step's micro-batches first.
+By default load is balanced over the step: the share of rows that each expert received is counted over all ranks and
+micro-batches before any backward pass. With one micro-batch per rank this costs one all-reduce of layers x experts
+numbers. With more, it also costs a forward pass without gradient over the step's micro-batches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from finetune.training.losses import load_balance, load_share, router_z
 
 
 class RouterLossError(ValueError):
-    """A router loss that the recipe asks for has no gradient for anything that trains."""
+    """A router loss of the recipe has no gradient for any trainable parameter."""
 
 
 def reads_logits(router: Router) -> bool:
-    """Whether a router loss is in use; without one the router's logits need not be kept."""
+    """Whether a router loss is in use and router logits must be stored."""
     return router.balance.coefficient > 0 or router.z_coefficient > 0
 
 
@@ -35,7 +35,7 @@ def router_loss(
     step_shares: Tensor | None,
     step_tokens: Tensor,
 ) -> Tensor:
-    """One micro-batch's part of the router losses of its step, weighted by the recipe's coefficients.
+    """One micro-batch's part of the router losses of the step, weighted by the recipe's coefficients.
 
     Summed over layers; the parts of all ranks and micro-batches add up to the loss of the step.
 
@@ -63,21 +63,21 @@ def router_loss(
 
 
 def count_rows(routings: Mapping[int, Routing]) -> Tensor:
-    """Rows that every expert received from this batch, (layers, experts) int64."""
+    """Rows that each expert received from this batch: (layers, experts) int64."""
     return torch.stack([routing.rows for routing in routings.values()])
 
 
 def shares_of_step(counts: Tensor, world: World) -> Tensor:
-    """Share of the step's rows that every expert received, from this rank's counts. Communicates."""
+    """Share of the step's rows that each expert received, summed over all ranks' counts. Communicates."""
     total = world.sum(counts.double())
     return (total / total.sum(-1, keepdim=True).clamp_min(1)).float()
 
 
 @torch.no_grad()
 def count_ahead(model: HybridMoEForCausalLM, batches: Sequence[Batch]) -> Tensor:
-    """Rows per expert over all of this rank's micro-batches, by running them forward once more.
+    """Count rows per expert over all of this rank's micro-batches in an additional forward pass.
 
-    The random state is put back, so that dropout makes the same routing in the pass that is differentiated.
+    The random state is restored, so that dropout is the same in the differentiated pass.
     """
     device = batches[0].input_ids.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -86,10 +86,13 @@ def count_ahead(model: HybridMoEForCausalLM, batches: Sequence[Batch]) -> Tensor
 
 
 def prove_reach(model: HybridMoEForCausalLM, batch: Batch, router: Router, world: World) -> dict[str, float]:
-    """Gradient norm that each router loss in use gives to what trains, on one batch; none may be zero. Collective.
+    """Compute the gradient norm of each router loss in use over the trainable parameters, on one batch. Collective.
+
+    Returns:
+        Norm by name of the coefficient.
 
     Raises:
-        RouterLossError: a coefficient is above zero and its loss changes nothing, or is not finite.
+        RouterLossError: the norm is zero or not finite.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     norms = {}
@@ -120,9 +123,9 @@ def prove_reach(model: HybridMoEForCausalLM, batch: Batch, router: Router, world
 
 
 def _groups(segment_ids: Tensor, kind: str, *, tokens: int) -> tuple[Tensor, int]:
-    """For every token that is not padding, the group it is balanced within; and the number of groups.
+    """Group index of every token that is not padding, and the number of groups.
 
-    Documents are counted by the host, which waits for the device; the other kinds do not.
+    `sequence` (one group per document) synchronises with the device; the other kinds do not.
     """
     flat = segment_ids.flatten()
     if kind != "sequence":

@@ -1,4 +1,4 @@
-"""A run's checkpoints as all ranks see them: begun together, written while training goes on, gone on from."""
+"""Checkpoints of a run over all ranks: started together, written in the background, resumed from."""
 
 import math
 import secrets
@@ -32,27 +32,27 @@ from finetune.training.assembly import Say
 from finetune.training.lora import AdapterError
 from monitoring.files import MonitoringError
 
-SECONDS_BETWEEN_LOOKS = 0.1  # at whether all ranks have written
+SECONDS_BETWEEN_LOOKS = 0.1  # polling interval while ranks write
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is whole, and what it cost."""
+    """A complete checkpoint, and the time it took."""
 
     written: Written
-    blocked_seconds: float  # for which training stood still: the copy to host memory, and what had to be waited for
+    blocked_seconds: float  # training was blocked: waiting for the previous checkpoint, copying to host memory
 
 
 class Saving:
-    """Saves the state of a run, one checkpoint at a time. `failed` is to be asked, over all ranks, in every step."""
+    """Saves the state of a run, one checkpoint at a time. The caller must check `failed` over all ranks every step."""
 
     def __init__(self, root: Path, world: World, *, keep: int, progress: Callable[[], None] = lambda: None):
-        """Nothing is saved yet. Collective: the ranks agree on a name for what they are writing.
+        """Agree on a token for the names of temporary folders. Collective.
 
         Args:
             root: folder of the checkpoints.
-            keep: how many stay.
-            progress: called after each piece that is written, by the thread that writes.
+            keep: number of checkpoints to keep.
+            progress: called by the writing thread after each piece that is written.
         """
         token = cast(str, world.gather(secrets.token_hex(4))[0])
         self._world = world
@@ -61,46 +61,46 @@ class Saving:
 
     @property
     def failed(self) -> bool:
-        """Whether this rank could not write its part of the checkpoint begun last."""
+        """Whether this rank failed to write its part of the latest checkpoint."""
         return self._writer.failed
 
     def begin(
         self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], *, began: float, spare: list[int]
     ) -> None:
-        """Hand over a state that is in host memory, once `is_free`, and return at once. Every rank calls it.
+        """Start to write a state in host memory, and return immediately. Every rank calls it, when `is_free` is true.
 
         Args:
-            tensors: what this rank answers for.
-            state: what is not a tensor; rank 0's is kept.
-            began: `time.perf_counter()` when training stopped for it.
-            spare: steps whose checkpoints are not deleted.
+            tensors: the tensors that this rank stores.
+            state: everything that is not a tensor; rank 0's is stored.
+            began: `time.perf_counter()` when training stopped for this checkpoint.
+            spare: steps whose checkpoints must not be deleted.
         """
         self._writer.begin(step, tensors, state, spare=spare)
         self._blocked_seconds = time.perf_counter() - began
 
     def done(self) -> Saved | None:
-        """The checkpoint begun last, once, as soon as it is whole; only on rank 0. Does not communicate."""
+        """Return the latest checkpoint once, when it is complete; only on rank 0. Does not communicate."""
         if self._writer.failed:
             return None
         written = self._writer.finish()
         return Saved(written, self._blocked_seconds) if written else None
 
     def settle(self) -> Saved | None:
-        """Wait until what was begun is whole, and return it on rank 0. Communicates.
+        """Wait until the latest checkpoint is complete, and return it on rank 0. Communicates.
 
         Raises:
-            RankError: it could not be written; on all ranks, with the sentence of the one that found out.
+            RankError: it could not be written; on all ranks, with the message of the rank that failed.
         """
         self.is_free(math.inf)
         return self.done()
 
     def is_free(self, seconds: float) -> bool:
-        """Whether nothing is being written on any rank, after waiting about so long for it. Communicates.
+        """Whether no rank is writing, after waiting for that up to about `seconds`. Communicates.
 
         Raises:
-            RankError: it could not be written; on all ranks, with the sentence of the one that found out.
+            RankError: the checkpoint could not be written; on all ranks, with the message of the rank that failed.
         """
-        looks = seconds / SECONDS_BETWEEN_LOOKS  # counted, since clocks would not agree on the last one
+        looks = seconds / SECONDS_BETWEEN_LOOKS  # a count, because clocks of the ranks may disagree
         while True:
             state = torch.tensor([self._writer.busy, self._writer.failed], dtype=torch.float32)
             busy, failed = self._world.sum(state.to(self._world.device)).tolist()
@@ -112,19 +112,19 @@ class Saving:
             self._writer.wait(SECONDS_BETWEEN_LOOKS)
 
     def tell_failure(self) -> None:
-        """End the run on all ranks because some rank's part could not be written. Collective.
+        """End the run on all ranks because some rank failed to write its part. Collective.
 
         Raises:
-            RankError: says which rank could not write what.
+            RankError: the message of the rank that failed.
         """
         try:
             with self._world.together(CheckpointError):
                 self._writer.finish()
-        finally:  # a rank that still waited would be deaf to its launcher meanwhile, which is ending all of them
+        finally:  # a rank that kept waiting would not react to its launcher, which ends all ranks
             self._writer.abandon()
 
     def close(self) -> None:
-        """End what is still being written, within seconds; every rank on its own, in whatever state the others are."""
+        """End an unfinished write within seconds. Does not depend on other ranks."""
         self._writer.close()
 
 
@@ -140,18 +140,21 @@ def resume(
     say: Say,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], TensorStore] | None:
-    """Put the checkpoint that the run starts from into engine and loader; its state and tensors, or None. Collective.
+    """Restore engine and loader from the checkpoint that the run starts from. Collective.
 
     Args:
         folder: of the run.
-        base: folder of the base weights that the run stands on.
+        recipe: of this start. Settings that define a run must equal those in the checkpoint, if it is of this run.
+        base: folder of the base weights.
         base_now: their fingerprint.
-        recipe: of this start; what defines a run in it must be as a checkpoint of this run has it.
-        progress: called after each piece that is hashed and each tensor that is read.
+        progress: called after each hashed piece and for each tensor that is read.
+
+    Returns:
+        State and tensors of the checkpoint; None if the run starts from the base weights.
 
     Raises:
-        RankError: the checkpoint is of another recipe, other base weights or other data, or there were some and none is
-            whole, or the disk cannot be read.
+        RankError: the checkpoint has another recipe, other base weights or other data; or checkpoints exist but none is
+            complete; or the disk cannot be read.
     """
     root = folder / "checkpoints"
     with world.together(CheckpointError, RecipeError, MonitoringError):
@@ -190,7 +193,7 @@ def resume(
 
 
 def _check_same_parameters(checkpoint: Path, tensors: TensorStore, engine: ExpertEngine) -> None:
-    """Refuse a checkpoint of another run that holds parameters which do not train here; one that lacks some is too."""
+    """Refuse another run's checkpoint if it holds parameters that do not train here. Reading refuses missing ones."""
     trained = {name for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     others = sorted({name.split("::")[0] for name in tensors if "::" in name} - trained)
     if others:
@@ -200,7 +203,7 @@ def _check_same_parameters(checkpoint: Path, tensors: TensorStore, engine: Exper
 
 
 def _check_recipe(recipe: Recipe, state: Mapping[str, Any], folder: Path) -> None:
-    stored = recipe_in(state, folder)  # None in an earlier version: recipe.yaml was compared before the start
+    stored = recipe_in(state, folder)  # None from an earlier version; recipe.yaml was compared before the start
     changed = changed_keys(recorded(recipe).model_dump(mode="json"), stored, FREE) if stored else {}
     if changed:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""One optimizer step: what is differentiated, over which tokens, on which ranks."""
+"""One optimizer step: forward and backward passes over the micro-batches, and the update."""
 
 import zlib
 from collections.abc import Sequence
@@ -18,20 +18,21 @@ from finetune.training.totals import Windows
 def optimize(
     engine: ExpertEngine, batches: Sequence[Batch], router: Router, world: World, windows: Windows | None = None
 ) -> float:
-    """Forward and backward over this rank's micro-batches, then the update over all ranks; return the gradient's norm.
+    """Run forward and backward over this rank's micro-batches, then update the parameters. Collective.
 
-    The loss is the sum over supervised tokens divided by their number in the whole step, all ranks and micro-batches,
-    plus the router losses of the step. The norm is over all ranks, before clipping. Collective: every rank calls it
-    with as many micro-batches, which may hold nothing but padding.
+    The loss is the sum over supervised tokens, divided by their number over all ranks and micro-batches of the step,
+    plus the router losses of the step. Every rank passes the same number of micro-batches, which may be all padding.
 
-    A loss or gradient that is not finite, of any micro-batch on any rank, changes no parameter and no moment on any
-    rank; the norm is then infinite.
+    If any micro-batch on any rank has a loss or gradient that is not finite, no rank changes a parameter or a moment.
+
+    Returns:
+        Gradient norm over all ranks before clipping; infinite if the step was skipped.
     """
     model: HybridMoEForCausalLM = engine.module
     supervised, tokens = world.sum(token_counts(batches)).unbind()
     over_step = router.balance.coefficient > 0 and router.balance.kind == "global"
     shares = shares_of_step(count_ahead(model, batches), world) if over_step and len(batches) > 1 else None
-    broken = torch.zeros((), device=supervised.device)  # losses that are not finite
+    broken = torch.zeros((), device=supervised.device)  # number of losses that are not finite
     for place, batch in enumerate(batches):
         output: Output = engine(batch.input_ids, batch.segment_ids, labels=batch.labels)
         rows = count_rows(output.routings)
@@ -43,9 +44,9 @@ def optimize(
         )
         broken += (~loss.detach().isfinite()).sum()
         if place == len(batches) - 1:
-            # The optimizer skips a step whose gradient is not finite; a loss may be infinite where its gradient is not.
+            # The optimizer detects gradients that are not finite, but an infinite loss may have a finite gradient.
             engine.optimizer.loss_is_finite = world.sum(broken) == 0
-        # DeepSpeed averages gradients over the ranks; times their number it is the sum that was divided above.
+        # DeepSpeed averages gradients over the ranks; the factor turns the average into the sum.
         engine.backward((loss * world.size).float(), scale_wrt_gas=False)
         engine.step()
         if windows is not None:
@@ -54,17 +55,17 @@ def optimize(
 
 
 def token_counts(batches: Sequence[Batch]) -> Tensor:
-    """Supervised tokens, and tokens without padding, in these micro-batches; float64, which counts them exactly."""
+    """Number of supervised tokens and of tokens without padding in these micro-batches: (2,) float64, exact."""
     supervised = torch.stack([(batch.labels != -100).sum() for batch in batches]).sum()
     tokens = torch.stack([(batch.segment_ids != PADDING).sum() for batch in batches]).sum()
     return torch.stack((supervised, tokens)).double()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed every generator for this step on this rank, so that a resumed run draws what an undisturbed one would."""
+    """Seed torch for this step on this rank, so that a resumed run draws the same numbers as an uninterrupted one."""
     torch.manual_seed(step_seed(seed, step, rank))
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """What the generators of this rank start from in this step."""
+    """The seed of this step on this rank."""
     return zlib.crc32(f"{seed}/{step}/{rank}".encode())

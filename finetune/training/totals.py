@@ -1,4 +1,4 @@
-"""What happened since it was last reported: sums kept on the device, brought to the host once a report."""
+"""Sums since the last report, accumulated on the device and copied to the host once per report."""
 
 import time
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ class Totals:
     supervised_tokens: int
     tokens: int  # padding excluded
     z_sums: NDArray[np.float64]  # (layers,) squared log-sum-exp of the router logits
-    rows: NDArray[np.int64]  # (layers, experts) rows that each expert received
+    rows: NDArray[np.int64]  # (layers, experts) rows received
     probability_sums: NDArray[np.float64]  # (layers, experts)
 
     @property
     def balance_loss(self) -> NDArray[np.float64]:
-        """Load balancing loss of each layer over the whole window: 1 when even. Equation in `losses.load_balance`."""
+        """Load-balancing loss of each layer over the whole window, 1 for even load; see `losses.load_balance`."""
         share = self.rows / np.maximum(self.rows.sum(1, keepdims=True), 1)
         probability = self.probability_sums / max(self.tokens, 1)
         return self.rows.shape[1] * (share * probability).sum(1)
@@ -40,10 +40,10 @@ class Totals:
 
 
 class Windows:
-    """Sums since the last report and since the last record of routing, which come at different steps.
+    """Sums since the last report and since the last routing record, which are due at different steps.
 
-    They are float64, in which every count below 2^53 is exact, and counted from the forward pass that is
-    differentiated alone: a recomputed layer is not counted again, because its routing is not returned again.
+    Sums are float64, exact for counts below 2^53. Recomputed layers are not counted twice, because only the first
+    forward pass returns its routing.
     """
 
     def __init__(self, layers: int, experts: int, device: torch.device):
@@ -52,7 +52,7 @@ class Windows:
 
     @torch.no_grad()
     def add(self, output: Output, batch: Batch, rows: Tensor) -> None:
-        """Count one micro-batch of this rank; `rows` are what each expert received, (layers, experts)."""
+        """Add one micro-batch of this rank; `rows` received by each expert are (layers, experts)."""
         assert output.loss_sum is not None, "a window counts forward passes with labels"
         assert output.token_count is not None, "a window counts forward passes with labels"
         tokens = (batch.segment_ids != PADDING).sum()
@@ -64,7 +64,7 @@ class Windows:
         self.sums += torch.cat((head, z, rows.double().flatten(), probability.flatten()))
 
     def close(self, world: World, *, report: bool, routing: bool) -> tuple[Totals, Totals]:
-        """Totals of both windows, and the start of a new one for each that is due.
+        """Return the totals of both windows, and start a new window for each that is due.
 
         Communicates: one all-reduce and one copy to the host.
         """
@@ -89,34 +89,34 @@ class Windows:
 
 
 class Clock:
-    """Seconds spent training since the last report: evaluation and the start of a checkpoint do not count.
+    """Seconds of training since the last report, without evaluation and blocking parts of checkpoints.
 
     A checkpoint stores them with the sums of the window, because a window may span a restart.
     """
 
     def __init__(self, seconds: float = 0.0):
-        """A clock that shows `seconds` and stands still."""
+        """Start stopped, at `seconds`."""
         self._counted = seconds
         self._running_since: float | None = None  # time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """What the clock shows now."""
+        """Seconds counted so far."""
         running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
         return self._counted + running
 
     def start(self) -> None:
-        """Run from now on."""
+        """Start to count."""
         assert self._running_since is None, "the clock runs already"
         self._running_since = time.perf_counter()
 
     def restart(self) -> None:
-        """Count from 0, running."""
+        """Reset to 0 and start to count."""
         self._counted, self._running_since = 0.0, time.perf_counter()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Stand still inside the block."""
+        """Pause inside the block."""
         self._counted, self._running_since = self.seconds, None
         yield
         self.start()

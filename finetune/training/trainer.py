@@ -1,4 +1,4 @@
-"""The training run: the only file that knows the order of steps, reports, evaluations and checkpoints."""
+"""The training loop: the order of steps, reports, evaluations and checkpoints."""
 
 import math
 import time
@@ -32,18 +32,18 @@ from finetune.training.step import optimize, seed_step, step_seed
 from monitoring.health import Finding, Health
 from monitoring.run_id import keep_run_id, known_run_id
 
-SECONDS_FOR_THE_ONE_BEFORE = 2  # for which a step waits, once, so that its own checkpoint need not be put off
+SECONDS_FOR_THE_ONE_BEFORE = 2  # a due save waits this long for the previous checkpoint before it is postponed
 
 
 class TrainingError(ValueError):
-    """A run that must not go on: says what happened, at which step, and from where it can be continued."""
+    """The run must end. The message says what happened, at which step, and where the run can resume."""
 
 
 class Run:
-    """One run on this rank, from its assembly to its end; `train` is the order of events."""
+    """One run on this rank, from its assembly to its end."""
 
     def __init__(self, recipe: Recipe, folder: Path, base: Path, base_now: str, world: World, say: Say, watch: Watch):
-        """Put the run together, and go on from its newest checkpoint. Collective.
+        """Build the run and resume from its newest checkpoint, if there is one. Collective.
 
         Args:
             base: folder of the base weights.
@@ -55,8 +55,8 @@ class Run:
         self.recipe, sentences = with_steps(recipe, parts.train_packs)
         for sentence in sentences:
             say(sentence)
-        set_timeouts()  # of the groups that the engine made
-        with world.together(RecipeError):  # only now: a mistake found before leaves no folder behind
+        set_timeouts()  # of the process groups that the engine created
+        with world.together(RecipeError):  # last, so that an earlier error leaves no folder
             self.claimed = claim(folder, recipe) if world.is_main else None
         self.engine, self.model, self.loader = parts.engine, parts.model, parts.loader
         self.evaluation, self.data = parts.evaluation, parts.data
@@ -64,16 +64,16 @@ class Run:
         self.health = Health()
         self.best: dict[str, float] | None = None  # step and loss of the lowest held-out loss so far
         self.early_stopping = EarlyStopping()
-        self.from_another_run = False  # its first held-out loss is measured here
+        self.from_another_run = False  # then held-out loss is measured before the first step
         self.left_out = LeftOut()
-        self.put_off = False  # a save that was due while the one before was still being written
+        self.put_off = False  # a save is due but the previous checkpoint is still being written
         self.best_unsaved = False  # the lowest held-out loss has no checkpoint yet
         self.step = self._resume(say)
         self.saving = Saving(folder / "checkpoints", world, keep=recipe.checkpoint.keep, progress=watch.beat)
         self.journal = Journal(self.recipe, folder, world, self.health, 0 if self.from_another_run else self.step)
 
     def train(self) -> None:
-        """Train to the last step, reporting, evaluating and saving on the way. Collective."""
+        """Train to the last step, with reports, evaluations and checkpoints. Collective."""
         try:
             self._train()
         finally:
@@ -99,7 +99,7 @@ class Run:
             if math.isfinite(norm):
                 self.reports.grad_norm, self.left_out.in_a_row = norm, 0
             else:
-                self.reports.windows.sums.copy_(sums)  # nothing was learnt from this step, and its sums are not finite
+                self.reports.windows.sums.copy_(sums)  # a skipped step counts nothing, and its sums are not finite
                 self._leave_out(batches)
             if self.reports.write(self.journal, self.step, lr):
                 self._stop_if_told()
@@ -123,16 +123,16 @@ class Run:
             self.journal.write({"kind": "action", "step": self.step, "message": early})
             facts |= {"reason": early, "stopped_early": early_stopping_of(recipe)}
         self.journal.write({"kind": "end", "step": self.step})
-        self.journal.close()  # a complete run is not started again, which would find what a kill kept from W&B
+        self.journal.close()  # before the marker: a complete run never restarts to send W&B the rest
         if self.world.is_main:
             mark_finished(self.folder, facts)
         self.world.barrier()
 
     def _leave_out(self, batches: Sequence[Batch]) -> None:
-        """Say that this step, whose loss or gradient is not finite, changed nothing, or end the run. Collective.
+        """Report a skipped step whose loss or gradient is not finite, or end the run. Collective.
 
         Raises:
-            TrainingError: the recipe says so, or too many came in a row; where the batch is kept.
+            TrainingError: `train.on_nan` is `stop`, or too many steps in a row were skipped; the batch is stored.
         """
         left_out, packs = self.left_out, torch.from_numpy(self.loader.packs)
         left_out.total += 1
@@ -151,7 +151,7 @@ class Run:
         where = f"its batch is in {kept}"
         try:
             keep_batch(kept, batches, packs, losses, self._facts_of_step(), self.world)
-        except CheckpointError as error:  # rank 0, whose sentence is the one that is told
+        except CheckpointError as error:  # on rank 0, whose message is the one reported
             where = f"its batch could not be kept: {error}"
         advice = (
             "set train.on_nan: skip to pass over such a step"
@@ -163,7 +163,7 @@ class Run:
         raise TrainingError(f"{found}; {where}; {newest}; the same command comes to this step again; {advice}")
 
     def _facts_of_step(self) -> dict[str, Any]:
-        """What a step is taken with beside its batch."""
+        """What is needed to repeat the step, beside its batch."""
         train = self.recipe.train
         return {
             "step": self.step,
@@ -177,7 +177,7 @@ class Run:
         }
 
     def _newest(self) -> str:
-        """Let what is being written become whole, then say from where this run can go on. Collective."""
+        """Wait for an unfinished checkpoint, then name the one that this run can resume from. Collective."""
         broken = ""
         try:
             self._record_saved(self.saving.settle())
@@ -187,10 +187,10 @@ class Run:
         return broken + (f"the newest checkpoint is {kept}" if kept else "there is no checkpoint yet")
 
     def _asked_to_stop(self) -> str | None:
-        """Why this run is to end in order now, if any rank has been told so. Two numbers are communicated.
+        """Why this run must stop gracefully now, if any rank received such a request. All-reduces two numbers.
 
         Raises:
-            RankError: the checkpoint that was being written came to nothing.
+            RankError: a rank failed to write its part of the checkpoint.
         """
         state = torch.tensor([self.watch.asked_to_stop is not None, self.saving.failed], dtype=torch.float32)
         asked, failed = self.world.sum(state.to(self.world.device)).tolist()
@@ -202,7 +202,7 @@ class Run:
         return cast(str, next(reason for reason in self.world.gather(self.watch.asked_to_stop) if reason))
 
     def _evaluate(self) -> bool:
-        """Measure the loss on the held-out rows, if there are any; whether it is the lowest so far. Collective."""
+        """Measure the held-out loss, if there is held-out data; return whether it is the lowest so far. Collective."""
         if not self.evaluation:
             return False
         with self.reports.clock.stopped():
@@ -219,17 +219,17 @@ class Run:
         return is_best
 
     def _save_when_free(self, *, now: bool, is_best: bool) -> None:
-        """Save if that is due, or was and had to be put off because the one before is still being written. Collective.
+        """Save if a checkpoint is due or was postponed, unless the previous one is still being written. Collective.
 
-        Training stands still for the one before at most `SECONDS_FOR_THE_ONE_BEFORE`, once, so that a write of a moment
-        shifts no checkpoint to another step; one of minutes goes on beside the steps that follow.
+        A due save blocks training up to `SECONDS_FOR_THE_ONE_BEFORE` for the previous checkpoint, so that a short write
+        does not move it to another step. It is then postponed, and later steps check again without waiting.
 
         Args:
-            now: the run is about to stop, so wait for as long as it takes; it does so after the last step too.
-            is_best: the held-out loss is the lowest so far, and a checkpoint is to keep it.
+            now: the run is about to stop, so wait without limit; this also applies after the last step.
+            is_best: the held-out loss is the lowest so far and needs a checkpoint.
 
         Raises:
-            RankError: the one before could not be written.
+            RankError: the previous checkpoint could not be written.
         """
         self.best_unsaved |= is_best
         due = is_due(self.step, self.recipe.checkpoint.every_steps, self.recipe.train.steps)
@@ -245,15 +245,15 @@ class Run:
             self._save(began)
 
     def _save(self, began: float) -> None:
-        """Begin to write a checkpoint that a run on any number of ranks can go on from. Collective.
+        """Start to write a checkpoint, which a run on any number of ranks can resume from. Collective.
 
-        Training stands still while its tensors are copied to host memory.
+        Training is blocked while tensors are copied to host memory.
 
         Args:
-            began: `time.perf_counter()` when it began to stand still.
+            began: `time.perf_counter()` when training stopped for it.
         """
         self._record_saved(self.saving.done())
-        if self.best and self.best_unsaved and self.best["step"] != self.step:  # put off since it was measured
+        if self.best and self.best_unsaved and self.best["step"] != self.step:  # postponed since the evaluation
             self.best |= {"step": self.step, "measured": self.best["step"]}
         self.best_unsaved = False
         tensors = engines.training_state(self.engine, self.world)
@@ -278,7 +278,7 @@ class Run:
         self.saving.begin(self.step, tensors, state, began=began, spare=spare)
 
     def _record_saved(self, saved: Saved | None) -> None:
-        """Write the line of a checkpoint that has become whole."""
+        """Write the record of a complete checkpoint."""
         if saved and (why := saved.written.not_deleted):
             message = f"an older checkpoint could not be deleted ({why}); see that the disk does not fill"
             self.journal.write({"kind": "action", "step": saved.written.step, "message": message})
@@ -294,7 +294,7 @@ class Run:
             )
 
     def _resume(self, say: Say) -> int:
-        """Go on from the newest whole checkpoint of this run, if there is one; return the steps taken. Collective."""
+        """Restore the state from the checkpoint that this run starts from; return its step, or 0. Collective."""
         found = resume(
             self.folder,
             self.recipe,
@@ -309,7 +309,7 @@ class Run:
         if found is None:
             return 0
         state, tensors = found
-        if self.world.is_main:  # the sums of all ranks since the last reports; the other ranks start from zero
+        if self.world.is_main:  # they are sums over all ranks, so the other ranks start from zero
             self.reports.windows.sums.copy_(tensors.read("windows"))
         self.reports.restore(state.get("report"))
         self.best, self.left_out = state["best"], LeftOut(**state["left_out"])
@@ -321,10 +321,10 @@ class Run:
         return int(state["step"])
 
     def _stop_if_told(self) -> None:
-        """End the run on every rank when a rule on rank 0 said so. One number is communicated.
+        """End the run on every rank if a health rule on rank 0 requires it. All-reduces one number.
 
         Raises:
-            TrainingError: what was found, and from where the run can be continued.
+            TrainingError: says what the rule found, and where the run can resume.
         """
         told = self.world.sum(torch.tensor(float(len(self.journal.reasons_to_stop)), device=self.world.device))
         if not told:
