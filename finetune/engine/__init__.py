@@ -1,1 +1,1 @@
-"""Everything DeepSpeed: the engine, ZeRO's float32 masters, optimizers and schedules."""
+"""DeepSpeed: the engine, float32 masters by ZeRO stage, optimizers and schedules."""

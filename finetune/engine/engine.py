@@ -1,9 +1,13 @@
-"""Everything DeepSpeed: its configuration derived from the recipe, the engine, the step, and its state by parameter.
+"""DeepSpeed's engine: its configuration from the recipe, its construction, and its training state by parameter name.
 
-Three silent traps are closed here. DeepSpeed recognises expert parallelism only by its own layer classes, so unmarked
-experts would be overwritten by rank 0's: `ExpertEngine` follows the parameters instead. It would round every parameter
-to bfloat16, the decay rates too, and with it gradients on their way: `zero.py` keeps both in float32. And its optimizer
-state is in flat partitions of this number of ranks: `training_state` and `restore` go by parameter name and expert id.
+Three defaults of DeepSpeed would be silently wrong here:
+
+- It recognises expert parallelism only by its own layer classes and would overwrite other experts by rank 0's.
+  `ExpertEngine` detects expert parallelism by marked parameters.
+- It casts all parameters to bfloat16, decay rates included, and reduces gradients in bfloat16. `ExpertEngine` keeps the
+  dtypes, and `zero.py` reduces in float32.
+- It stores optimizer state in flat partitions for one number of ranks. `training_state` and `restore` use parameter
+  names and expert ids.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,11 +28,11 @@ from finetune.model.model import HybridMoEForCausalLM
 from finetune.recipe.paths import expanded
 from finetune.recipe.recipe import Recipe
 
-REDUCE_BUCKET = 100_000_000  # gradients, in elements, that are sent at once
+REDUCE_BUCKET = 100_000_000  # elements of gradients per reduction
 
 
 class ExpertEngine(DeepSpeedEngine):  # type: ignore[misc]
-    """DeepSpeed's engine, told by the parameters rather than by layer classes whether some are expert-parallel."""
+    """DeepSpeed's engine, which detects expert parallelism by marked parameters instead of layer classes."""
 
     @property
     def has_moe_layers(self) -> bool:
@@ -40,28 +44,28 @@ class ExpertEngine(DeepSpeedEngine):  # type: ignore[misc]
 
     @has_moe_layers.setter
     def has_moe_layers(self, value: bool) -> None:
-        """Ignored: DeepSpeed sets it by looking for its own layers."""
+        """Ignore the value, which DeepSpeed sets by searching for its own layers."""
 
     def _cast_module_mixed_precision(self, *_: object) -> None:
-        """Parameters keep their dtype: `HybridMoEForCausalLM.cast` chose it, float32 for the decay rates."""
+        """Do nothing: parameters keep the dtypes of `HybridMoEForCausalLM.cast`, float32 for the decay rates."""
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
-        """One optimizer for every dtype; DeepSpeed would choose among four, which sum gradients differently."""
+        """Use the ZeRO path for every dtype; DeepSpeed would choose among four, which sum gradients differently."""
         return str(ZERO_OPTIMIZATION)
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Sharded | Replicated:
         return Sharded(optimizer, self) if self.zero_optimization_stage() else Replicated(optimizer, self)
 
     def buffered_allreduce_fallback(self, grads: object = None, elements_per_buffer: int = 0) -> None:
-        """Called by DeepSpeed at the end of a step's last backward pass when the stage is 0."""
+        """Reduce gradients. DeepSpeed calls this at stage 0, at the end of a step's last backward pass."""
         self.optimizer.reduce()
 
     def clip_fp32_gradients(self) -> None:
-        """Nothing: called by DeepSpeed when the stage is 0, whose optimizer clips by the norm over all ranks itself."""
+        """Do nothing. DeepSpeed calls this at stage 0, where `Replicated.step` clips by the norm over all ranks."""
 
 
 def mark_experts(model: nn.Module, world: World) -> None:
-    """Tell DeepSpeed which parameters belong to this expert rank alone, frozen ones included."""
+    """Mark the parameters that belong to this expert rank alone, frozen ones included, for DeepSpeed."""
     for name, parameter in model.named_parameters():
         if is_expert_parameter(name):
             parameter.allreduce = False  # type: ignore[attr-defined]
@@ -71,12 +75,13 @@ def mark_experts(model: nn.Module, world: World) -> None:
 def deepspeed_config(
     recipe: Recipe, *, accumulation: int, dtype: torch.dtype, bucket: int = REDUCE_BUCKET, on_gpu: bool = False
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration for this recipe; every default that would surprise is written out.
+    """DeepSpeed's configuration for this recipe.
 
     Args:
+        accumulation: micro-batches per optimizer step.
         dtype: of the weights.
-        bucket: elements of the buffer that gradients are gathered in, which is allocated whole.
-        on_gpu: whether what is offloaded travels to a GPU and back.
+        bucket: elements of the gradient reduction buffer, which DeepSpeed allocates in full.
+        on_gpu: whether offloaded state is copied to and from a GPU, and host memory is pinned.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -110,12 +115,12 @@ def deepspeed_config(
 
 
 def start(model: HybridMoEForCausalLM, recipe: Recipe, world: World, *, accumulation: int) -> ExpertEngine:
-    """The engine around `model`, whose parameters are already in place on this rank's device. Collective."""
+    """Build the engine for `model`, whose parameters are already on this rank's device. Collective."""
     mark_experts(model, world)
     groups = parameter_groups(model, recipe.optim.weight_decay)
     split = split_params_into_different_moe_groups_for_optimizer(groups)
     on_gpu = world.device.type == "cuda"
-    # Offloaded states are updated by the host in place: the unfused form would hold further tensors as large as they.
+    # The host updates offloaded states in place. The unfused optimizer would need temporary tensors of the same size.
     optimizer = optimizer_of(split, recipe.optim, fused=on_gpu or recipe.parallel.offload != "none")
     config = deepspeed_config(
         recipe,
@@ -136,18 +141,20 @@ def start(model: HybridMoEForCausalLM, recipe: Recipe, world: World, *, accumula
 
 
 def set_learning_rate(engine: ExpertEngine, lr: float) -> None:
-    """Use this learning rate for the next step, in every group."""
+    """Set the learning rate of the next step, in every group."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
 def training_state(engine: ExpertEngine, world: World) -> dict[str, Tensor]:
-    """Float32 values of what trains, and what the optimizer keeps, as far as this rank stores them. Collective.
+    """Copy master values and optimizer state of the parameters that this rank stores to the host. Collective.
 
-    Keys are `{parameter}::{kind}`, where kind is fp32 or a name of the optimizer's (exp_avg, momentum_buffer, ...), for
-    expert parameters with `::{expert id}` behind, so that the state can be read back at any number of ranks, expert
-    parallel size, ZeRO stage and place of the optimizer's state. Dense parameters are stored by rank 0, experts by the
-    first rank that holds them.
+    Rank 0 stores dense parameters; the first rank that holds an expert stores it. The state can be restored at any
+    number of ranks, expert-parallel size, ZeRO stage and offload setting.
+
+    Returns:
+        Float32 tensors by `{parameter}::{kind}`, for expert parameters `{parameter}::{kind}::{expert id}`, where kind
+        is fp32 or a name of the optimizer's (exp_avg, momentum_buffer, ...).
     """
     tensors = {}
     for name, parameter in _trainable(engine):
@@ -163,10 +170,10 @@ def training_state(engine: ExpertEngine, world: World) -> dict[str, Tensor]:
 
 
 def restore(engine: ExpertEngine, read: Callable[[str], Tensor], *, step: int) -> None:
-    """Put a stored training state into the engine, at whatever layout it runs now. Collective.
+    """Restore a stored training state into the engine, whatever its parallel layout. Collective.
 
     Args:
-        read: the stored tensor of this key, as `training_state` named it.
+        read: returns the stored tensor for a key of `training_state`.
         step: optimizer steps taken when the state was stored.
     """
     for name, parameter in _trainable(engine):
@@ -179,16 +186,16 @@ def restore(engine: ExpertEngine, read: Callable[[str], Tensor], *, step: int) -
         for kind in engine.optimizer.kinds(parameter):
             engine.optimizer.write(parameter, kind, whole(kind))
     engine.optimizer.set_step(step)
-    # Without this the first forward pass would still use the weights from before.
+    # Otherwise the first forward pass would use the old weights.
     engine.optimizer.update_lp_params()
     engine.global_steps = step
 
 
 def set_values(engine: ExpertEngine, values: Mapping[str, Tensor]) -> None:
-    """Put these float32 values into parameters that train, before the first step. Collective.
+    """Set trainable parameters to these float32 values, before the first step. Collective.
 
     Args:
-        values: by parameter, as this rank holds it.
+        values: by parameter name, in this rank's shapes.
     """
     for name, parameter in _trainable(engine):
         if name in values:

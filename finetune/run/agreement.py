@@ -1,8 +1,7 @@
-"""What must be the same for every rank before they work together, proved at the start of every run.
+"""Checks at the start of a run that all ranks have the same code, libraries, recipe, base weights and run folder.
 
-Ranks on one machine agree by themselves. Over several machines a checkout, an environment or a copy of the data that
-differs would train, and train wrongly; a run folder that each machine has for itself would leave half of every
-checkpoint on each.
+On several machines, a different checkout, environment or copy of the weights would train without an error but wrongly.
+A run folder that is local to each machine would leave only a part of every checkpoint on each.
 """
 
 import hashlib
@@ -25,20 +24,19 @@ from finetune.recipe.recipe import Recipe, RecipeError
 from finetune.run.failure import LIBRARIES
 
 PACKAGES = ("finetune", "data", "monitoring")
-SECONDS_TO_APPEAR = 20  # of a new file on another machine: a network disk keeps what it knows for a few seconds
+SECONDS_TO_APPEAR = 20  # of a new file on another machine: network disks cache metadata for a few seconds
 
 
 def check_agreement(recipe: Recipe, folder: Path, base: Path, world: World) -> str:
-    """Make sure that all ranks have the same programs, recipe and base weights, and see one run folder. Collective.
+    """Check that all ranks have the same code, libraries, recipe and base weights, and share the run folder.
 
-    One rank of each host looks into the base weights.
+    Collective. One rank of each host reads the base weights.
 
     Returns:
         The fingerprint of the base weights.
 
     Raises:
-        RankError: on all ranks; says what differs between which hosts, or which hosts have another disk, or that the
-            run folder's cannot be written.
+        RankError: something differs between hosts, the run folder is not shared or it cannot be written; on all ranks.
     """
     facts = {
         "Python and its libraries": ", ".join([platform.python_version(), *_versions()]),
@@ -53,17 +51,17 @@ def check_agreement(recipe: Recipe, folder: Path, base: Path, world: World) -> s
 
 
 def refuse_differences(facts: Mapping[str, str | None], world: World) -> dict[str, str | None]:
-    """End the run if a rank has another value of a fact than rank 0. Collective.
+    """Raise an error on all ranks if a rank's facts differ from those of rank 0. Collective.
 
     Args:
-        facts: by what they say, in words that fit the sentence `X on HOST differs`; None where another rank of the
-            host looks.
+        facts: values by a description that fits the sentence `X on HOST differs`; None if another rank of the host
+            determines the value.
 
     Returns:
         The facts of rank 0.
 
     Raises:
-        RankError: the first fact that differs, and where.
+        RankError: names the first fact that differs, and the host.
     """
     everyone = cast(list[tuple[str, dict[str, str | None]]], world.gather((socket.gethostname(), facts)))
     first_host, expected = everyone[0]
@@ -79,7 +77,7 @@ def refuse_differences(facts: Mapping[str, str | None], world: World) -> dict[st
 
 
 def _check_shared(folder: Path, world: World) -> None:
-    """Rank 0 leaves a file where the run folder is or will be; every other rank must find it there."""
+    """Check that every rank sees a file that rank 0 creates in the run folder or its nearest existing parent."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
     token = cast(str, world.gather(secrets.token_hex(8))[0])
     mark = there / f".shared-{token}"
@@ -91,7 +89,7 @@ def _check_shared(folder: Path, world: World) -> None:
                 raise RecipeError(f"output.dir: {there} cannot be written ({error.strerror or error})") from None
     answers = cast(list[tuple[bool, str, str]], world.gather((_appears(mark), socket.gethostname(), str(folder))))
     if world.is_main:
-        with suppress(OSError):  # an empty file, and training needs no deleting
+        with suppress(OSError):  # an empty file that remains does no harm
             mark.unlink()
     blind = sorted({host for sees, host, _ in answers if not sees})
     if blind:
@@ -106,7 +104,7 @@ def _appears(path: Path) -> bool:
     while not path.exists():
         if time.monotonic() > end or not path.parent.exists():
             return False
-        with os.scandir(path.parent) as entries:  # reading the folder makes a network disk look again
+        with os.scandir(path.parent) as entries:  # listing the folder makes a network disk refresh its cache
             next(entries, None)
         time.sleep(0.2)
     return True

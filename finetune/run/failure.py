@@ -1,4 +1,4 @@
-"""How a command fails: a mistake of the user is told in one sentence; what is our fault is kept with its traceback."""
+"""How a command fails: a user's mistake is reported in one sentence; a bug keeps its traceback."""
 
 import io
 import json
@@ -16,25 +16,25 @@ from typing import NoReturn
 
 from monitoring.files import replace_file
 
-# DeepSpeed's launcher ends every rank as soon as one has ended; a rank that left before rank 0 spoke would silence it.
+# DeepSpeed's launcher ends all ranks when one ends, so other ranks must not exit before rank 0 has printed the error.
 SECONDS_TO_SPEAK = 60
 LONGEST_LINE = 2_000  # characters of a message
 LIBRARIES = ("torch", "deepspeed", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
 class LostRankError(ValueError):
-    """Another rank ended or hangs while this one needs it; each rank that notices says so itself."""
+    """Another rank ended or hangs while this rank needs it. Every rank that notices reports it."""
 
 
 def is_told(error: BaseException) -> bool:
-    """Whether this error is one of ours, whose message is the whole story; others are bugs and keep their traceback."""
+    """Whether the error is one of this project's, whose message is sufficient. Others are bugs and keep a traceback."""
     return isinstance(error, ValueError) and type(error).__module__.startswith(("finetune.", "data.", "monitoring."))
 
 
 def readable(error: BaseException) -> str:
-    """The message of an error as a terminal may show it: it can quote a file that somebody else wrote.
+    """The message of an error, made safe for a terminal, because it may quote an untrusted file.
 
-    Control characters are escaped, and a line is at most `LONGEST_LINE` characters long.
+    Control characters are escaped, and at most `LONGEST_LINE` characters of a line are shown.
     """
     lines = []
     for line in str(error).split("\n"):
@@ -44,10 +44,10 @@ def readable(error: BaseException) -> str:
 
 
 def tell(error: ValueError) -> None:
-    """Print, once, a mistake that every rank has found; returns on the other ranks when rank 0 has had time to."""
+    """Print an error that all ranks raised, once, on rank 0. Other ranks wait `SECONDS_TO_SPEAK` before they return."""
     if os.environ.get("RANK", "0") == "0":
         print(f"nextune: {readable(error)}", file=sys.stderr, flush=True)
-    elif isinstance(error, LostRankError):  # rank 0 may be the one that is gone
+    elif isinstance(error, LostRankError):  # rank 0 may be the lost rank
         print(
             f"nextune: rank {os.environ['RANK']} on {socket.gethostname()}: {readable(error)}",
             file=sys.stderr,
@@ -59,9 +59,9 @@ def tell(error: ValueError) -> None:
 
 @contextmanager
 def told_by_every_host() -> Iterator[None]:
-    """Before the ranks have joined: a mistake found inside is told by the first rank of each host, not by rank 0 alone.
+    """Report a user's mistake inside the block on the first rank of each host, not only on rank 0.
 
-    It may be one that only this host has, such as a file that is missing there.
+    For use before the ranks have joined. The cause may exist on one host only, such as a missing file.
     """
     try:
         yield
@@ -72,19 +72,19 @@ def told_by_every_host() -> Iterator[None]:
 
 
 def write_any_text() -> None:
-    """Let standard output take every character, as an escape where the terminal's encoding has none for it.
+    """Escape characters that the encoding of standard output cannot represent, instead of raising an error.
 
-    A path of a user, or a bar of a chart, must not end a command.
+    Paths and charts may contain such characters.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this code.
+    """End the process with this exit code.
 
-    After a failure at once: threads that a process group or a library still runs make the interpreter's orderly end
-    abort now and then, with a code and a message of its own in place of ours.
+    After a failure it skips the interpreter's cleanup: threads of process groups and libraries sometimes make the
+    cleanup abort with another exit code and message.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -94,12 +94,12 @@ def leave(code: int) -> NoReturn:
 
 
 def record_crash(folder: Path, error: Exception, *, rank: int, step: int | None) -> None:
-    """Write `crash/rankR.json` into a run folder: what ended this rank, where, at which step, with which libraries.
+    """Write `crash/rankR.json` into a run folder: the exception, host, step and versions of the libraries.
 
-    A disk that refuses it is passed over, so that the error itself stays the last word.
+    A failure to write is ignored, so that it does not hide the original error.
 
     Args:
-        step: the optimizer step that was being taken; None before the first.
+        step: the current optimizer step; None before the first.
     """
     facts = {
         "time": time.time(),

@@ -1,4 +1,4 @@
-"""The folder of one run: which files it holds, whether it belongs to this recipe, whether it finished or stopped."""
+"""The folder of a run: its recipe, its lock, and the markers that it finished or stopped."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from finetune.run.stored_recipe import FILE, changed_keys, file_note, listed_cha
 from monitoring.files import replace_file
 from monitoring.json_file import FileError, read_object
 
-# What may change between two starts of one run: how long, how often it reports and saves, how it is laid out; and the
-# step sizes and router losses that a finding may advise to change. The rest would make it another run.
+# Settings that may change between two starts of one run: duration, reporting, saving and parallel layout; and learning
+# rate and router losses, which a finding may advise to change. Any other change would make it another run.
 FREE = (
     *("train.steps", "train.epochs", "train.log_every_steps", "train.eval_every_steps", "train.recompute"),
     *("train.micro_batch_tokens", "train.on_nan", "train.early_stopping_", "lora.init_from"),
@@ -27,15 +27,15 @@ FREE = (
 
 
 def folder_of(recipe: Recipe) -> Path:
-    """The run's folder, made absolute."""
+    """Absolute path of the run's folder."""
     return expanded(recipe.output.dir).absolute() / recipe.name
 
 
 def recipe_of(run: str | Path) -> Recipe:
-    """The effective recipe of the run in a folder: that of its newest checkpoint, before the first one recipe.yaml.
+    """The effective recipe of the run in a folder, from its newest checkpoint or, before the first, recipe.yaml.
 
     Raises:
-        RecipeError: no recipe there.
+        RecipeError: the folder holds no recipe.
     """
     found = run_recipe(Path(run))
     if found is None:
@@ -44,19 +44,19 @@ def recipe_of(run: str | Path) -> Recipe:
 
 
 def run_of_step(kept: str | Path) -> Path:
-    """The run folder that keeps the batch of a step in `crash/step-N`."""
+    """The run folder of a stored step, RUN/crash/step-N."""
     kept = Path(kept)
     return kept.absolute().parent.parent
 
 
 def check_folder(folder: Path, recipe: Recipe) -> list[str]:
-    """Make sure that the folder can be written to, and that an earlier run in it had the same recipe. Changes nothing.
+    """Check that the folder is writable, and that an earlier run in it had the same recipe. Changes nothing.
 
     Returns:
-        What the user may want to know: that the run's recipe.yaml is missing or was edited.
+        Notes for the user: the run's recipe.yaml is missing or was edited.
 
     Raises:
-        RecipeError: it cannot, or the folder holds a run of another recipe; names the keys that differ.
+        RecipeError: it is not writable, or holds a run of another recipe; names the keys that differ.
     """
     check_place(folder)
     before = run_recipe(folder)
@@ -73,7 +73,7 @@ def check_folder(folder: Path, recipe: Recipe) -> list[str]:
 
 
 def claim(folder: Path, recipe: Recipe) -> FileLock:
-    """Make the folder and write the effective recipe into it; the lock that is returned keeps it for this process.
+    """Create the folder, write the effective recipe into it, and return the lock that reserves it for this process.
 
     Raises:
         RecipeError: the folder cannot be written, or is in use.
@@ -89,15 +89,15 @@ def claim(folder: Path, recipe: Recipe) -> FileLock:
 
 
 def finished_step(folder: str | Path) -> int | None:
-    """The last step of a run that ended well, or None. An exit code alone proves nothing under a launcher."""
+    """The last step of a run that finished, or None. Under a launcher the exit code is not reliable."""
     folder = Path(folder)
     return marked_step(folder / "finished.json")
 
 
 def lost_checkpoint(folder: Path) -> str | None:
-    """A sentence, if the last checkpoint of a run that ended well is gone or lacks files; what they hold is not read.
+    """Describe the problem if the last checkpoint of a finished run is missing or incomplete; else None.
 
-    A newer one, of a run that was continued since, is as good.
+    Compares sizes of files only. A newer checkpoint, from a continued run, also counts.
     """
     step, root = finished_step(folder), folder / "checkpoints"
     if step is None or any(_step_of(path) >= step and _has_its_files(path) for path in root.glob("step-*")):
@@ -123,7 +123,7 @@ def _has_its_files(checkpoint: Path) -> bool:
 
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:
-    """Whether the run in this folder ended well, as late as this recipe says, and its last checkpoint is there."""
+    """Whether the run in this folder finished all steps or epochs of this recipe and has its last checkpoint."""
     step, asked = finished_step(folder), recipe.checkpoint.resume_from
     goes_back = asked is not None and is_own_checkpoint(asked) and asked != done_resume_from(folder)
     if step is None or goes_back or lost_checkpoint(folder):
@@ -135,7 +135,7 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
 
 
 def early_stopping_of(recipe: Recipe) -> dict[str, float]:
-    """The settings that a run which stopped early is complete for."""
+    """Settings of early stopping. A run that stopped early is complete only for the same settings."""
     return {"patience": recipe.train.early_stopping_patience, "threshold": recipe.train.early_stopping_threshold}
 
 
@@ -145,13 +145,13 @@ def is_own_checkpoint(asked: str) -> bool:
 
 
 def done_resume_from(folder: Path) -> str | None:
-    """The `checkpoint.resume_from` that this run has already gone back to, or None."""
+    """The `checkpoint.resume_from` that this run has already rewound to, or None."""
     marker = folder / "resumed-from.json"
     return str(read_object(marker).get("resume_from")) if marker.exists() else None
 
 
 def mark_resume_from(folder: Path, asked: str | None) -> None:
-    """Remember that the run went back to this checkpoint of its own, or forget it."""
+    """Record that the run rewound to this checkpoint of its own; None removes the record."""
     marker = folder / "resumed-from.json"
     if asked is None:
         marker.unlink(missing_ok=True)
@@ -160,16 +160,16 @@ def mark_resume_from(folder: Path, asked: str | None) -> None:
 
 
 def mark_finished(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Leave the marker that the run ended well, with its closing figures."""
+    """Write the marker that the run finished, with its final facts."""
     replace_file(folder / "finished.json", json.dumps(dict(facts), indent=1).encode())
 
 
 def stopped_step(folder: str | Path) -> int | None:
-    """The step after which the last start of a run was stopped in order and can be gone on from, or None."""
+    """The step after which the run stopped gracefully and can resume, or None."""
     folder = Path(folder)
     return marked_step(folder / "stopped.json")
 
 
 def mark_stopped(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Leave the marker that the run saved and stopped because it was asked to; the next start removes it."""
+    """Write the marker that the run saved and stopped on request; the next start removes it."""
     replace_file(folder / "stopped.json", json.dumps(dict(facts), indent=1).encode())

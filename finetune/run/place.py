@@ -1,7 +1,7 @@
-"""Whether a folder can be that of a run, before anything is loaded; and the files in it that say how a run ended.
+"""Checks that a folder can hold a run, before anything is loaded; its lock, and the markers of how a run ended.
 
-What would fail at the first checkpoint is said at the start, and a folder in which somebody else has put things, or may
-put things, is not used without a word.
+Problems that would fail at the first checkpoint are reported at the start. A folder with files of no run is reported;
+one that other users could change is refused.
 """
 
 import os
@@ -16,15 +16,15 @@ from monitoring.json_file import FileError, read_object
 
 NAMES = ("recipe.yaml", "metrics.jsonl", "finished.json", "stopped.json", "checkpoints", "routing", "crash", "wandb")
 FOLDERS = ("checkpoints", "routing", "crash", "wandb")
-SECONDS_TO_WAIT = 5  # for a process that is about to end: the same command may follow a killed one at once
+SECONDS_TO_WAIT = 5  # for a killed process that has not ended yet when the same command starts again
 MOST_SHOWN = 3
 
 
 def check_place(folder: Path) -> None:
-    """Make sure that a run can be written into this folder, which need not exist. Changes nothing.
+    """Check that a run can be written into this folder, which need not exist. Changes nothing.
 
     Raises:
-        RecipeError: it cannot, or other users could change what is in it.
+        RecipeError: it is not writable, or belongs to another user and is writable by everyone.
     """
     problem = path_problem(str(folder), ROOM_IN_RUN)
     if problem is not None:
@@ -49,7 +49,7 @@ def check_place(folder: Path) -> None:
 
 
 def place_notes(folder: Path) -> list[str]:
-    """What should be said of a folder that holds files but no run; nothing of one that is new, or a run's."""
+    """Notes about a folder that holds files but no run; empty for a new folder or the folder of a run."""
     if not _is_open(folder) or os.path.exists(folder / "recipe.yaml"):
         return []
     foreign = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name not in NAMES)
@@ -63,10 +63,10 @@ def place_notes(folder: Path) -> list[str]:
 
 
 def hold(folder: Path) -> FileLock:
-    """Keep other processes from training in the folder until the lock is released or this process ends in any way.
+    """Lock the folder against other training processes until the lock is released or this process ends.
 
     Raises:
-        RecipeError: another process holds it, or the disk refuses to lock.
+        RecipeError: another process holds the lock, or the disk does not support locks.
     """
     held = FileLock(folder / ".lock")
     try:
@@ -76,7 +76,7 @@ def hold(folder: Path) -> FileLock:
             f"{folder}: another process is training this run; stop it first, or give this one a name of its own"
             " (--set name=...)"
         ) from None
-    except (OSError, NotImplementedError) as error:  # the latter on a disk that has no locks
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: the disk has no locks
         why = getattr(error, "strerror", None) or error
         raise RecipeError(
             f"{folder}/.lock: cannot be locked ({why}); remove it if it is no plain file, or set output.dir to another"
@@ -86,10 +86,10 @@ def hold(folder: Path) -> FileLock:
 
 
 def marked_step(marker: Path) -> int | None:
-    """The step that `finished.json` or `stopped.json` names, or None where there is no such file.
+    """The step in `finished.json` or `stopped.json`; None if there is no such file.
 
     Raises:
-        RecipeError: it names none.
+        RecipeError: the file holds no valid step.
     """
     if not os.path.lexists(marker):
         return None

@@ -1,4 +1,4 @@
-"""Where a run starts from: its newest checkpoint, an earlier one of its own, or a checkpoint of another run."""
+"""Selects where a run starts: its newest checkpoint, an earlier one, one of another run, or the base weights."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from finetune.run.folder import done_resume_from, is_own_checkpoint, mark_resume
 from finetune.run.stored_recipe import flatten
 from monitoring.metrics import MetricsFile
 
-# What makes the state of another run mean the same in this one.
+# Settings that must be equal for another run's state to be valid in this one.
 _MUST_AGREE = ("lora.rank", "lora.alpha", "lora.use_rslora", "lora.targets", "router.train", "optim.name")
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """The checkpoint that training goes on from; None for the base weights."""
+    """The checkpoint that training resumes from, None for the base weights, and sentences for the user."""
 
     checkpoint: Path | None
     said: list[str]
@@ -30,16 +30,16 @@ class StartingPoint:
 
 
 def starting_point(folder: Path, recipe: Recipe, progress: Callable[[], None] = lambda: None) -> StartingPoint:
-    """The checkpoint that the recipe says, or the newest of the run in `folder`. Call it where the folder is held.
+    """Select the checkpoint that the recipe names, or the newest of the run in `folder`, which must be locked.
 
-    A step of the run's own is gone back to once: the next start with the same `checkpoint.resume_from` goes on from the
-    newest, so that a run that is killed and started again loses nothing.
+    The run rewinds to a step of its own only once: the next start with the same `checkpoint.resume_from` resumes from
+    the newest checkpoint, so that a run that is killed and restarted loses nothing.
 
     Args:
-        progress: called after each piece that is hashed.
+        progress: called after each hashed piece.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is not whole, or the other run trained otherwise.
+        CheckpointError: there is no such checkpoint, it is incomplete, or the other run had incompatible settings.
     """
     asked, said = recipe.checkpoint.resume_from, list[str]()
     if asked is not None and is_own_checkpoint(asked) and done_resume_from(folder) != asked:
@@ -56,10 +56,10 @@ def starting_point(folder: Path, recipe: Recipe, progress: Callable[[], None] = 
 
 
 def check_resume_from(folder: Path, recipe: Recipe) -> None:
-    """Make sure, before anything is loaded, that what `checkpoint.resume_from` names is there. Changes nothing.
+    """Check that the target of `checkpoint.resume_from` exists, before anything is loaded. Changes nothing.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: it does not exist.
     """
     asked, root = recipe.checkpoint.resume_from, folder / "checkpoints"
     has_own = root.is_dir() and any(STEP.fullmatch(path.name) for path in root.iterdir())
@@ -75,13 +75,13 @@ def check_resume_from(folder: Path, recipe: Recipe) -> None:
 def rewind(
     folder: str | Path, to: str, say: Callable[[str], None], progress: Callable[[], None] = lambda: None
 ) -> Path:
-    """Go back to the checkpoint `to` (step-N or best) of the run in `folder`; call it where the folder is held.
+    """Rewind the run in `folder`, which must be locked, to its checkpoint `to` (step-N or best).
 
-    Nothing is deleted: later checkpoints and the marks of the run's end are moved to `set-aside/`, and the
-    lines of later steps from metrics.jsonl to metrics.superseded.jsonl.
+    Nothing is deleted. Later checkpoints and the markers of the run's end move to `set-aside/`. Lines of later steps
+    move from metrics.jsonl to metrics.superseded.jsonl.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is not whole.
+        CheckpointError: there is no such checkpoint, or it is incomplete.
     """
     folder = Path(folder)
     root = folder / "checkpoints"
@@ -117,7 +117,7 @@ def _free_place(parent: Path) -> Path:
 
 
 def _run_and_checkpoint(asked: str) -> tuple[Path, str]:
-    """The folder of another run and which of its checkpoints this path means."""
+    """Resolve a path to the folder of another run and the name of one of its checkpoints, or `newest`."""
     path = resolve(asked)
     if path is None:
         raise CheckpointError(
@@ -131,7 +131,7 @@ def _run_and_checkpoint(asked: str) -> tuple[Path, str]:
 
 
 def _of_another_run(asked: str, recipe: Recipe, say: Callable[[str], None], progress: Callable[[], None]) -> Path:
-    """The newest checkpoint of the run at this path, or the one that the path itself is."""
+    """The checkpoint at this path, or the newest one of the run at this path."""
     run, which = _run_and_checkpoint(asked)
     chosen = chosen_checkpoint(run / "checkpoints", which, say, progress=progress)
     theirs = flatten(recipe_of(run).model_dump(mode="json"))

@@ -1,7 +1,7 @@
-"""The recipe that a run stands on: stored in every checkpoint and read from there. Imports no torch.
+"""The recipe of a run, stored in every checkpoint and read from there. Imports no torch.
 
-`RUN/recipe.yaml` is a copy for people. It is read only where no checkpoint holds the recipe: before the first one, and
-in runs of earlier versions.
+`RUN/recipe.yaml` is a copy for people. It is read only if no checkpoint holds the recipe: before the first checkpoint,
+and in runs of earlier versions.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ FILE = "recipe.yaml"
 
 
 class RunRecipe(NamedTuple):
-    """The recipe of a run, and where it was read."""
+    """The recipe of a run, and the file or checkpoint that it was read from."""
 
     values: dict[str, Any]  # sections as a recipe file has them, defaults included
-    source: Path  # of a checkpoint, or recipe.yaml
+    source: Path  # a checkpoint or recipe.yaml
 
     def recipe(self) -> Recipe:
-        """The same as settings.
+        """Validate the values as a `Recipe`.
 
         Raises:
-            RecipeError: this version knows other settings.
+            RecipeError: the values are not valid in this version.
         """
         try:
             return Recipe.model_validate(_with_tuples(self.values))
@@ -46,7 +46,7 @@ class RunRecipe(NamedTuple):
 
 
 def recorded(recipe: Recipe) -> Recipe:
-    """The recipe as a run records it: a local model by its absolute path, a hub id as it is."""
+    """The recipe as a run records it: a local model by its absolute path, a hub id unchanged."""
     found = resolve(recipe.model.path)
     if found is None or not found.is_dir():
         return recipe
@@ -54,16 +54,16 @@ def recorded(recipe: Recipe) -> Recipe:
 
 
 def recipe_state(recipe: Recipe) -> dict[str, Any]:
-    """What a checkpoint stores of the recipe."""
+    """The recipe and its hash, as a checkpoint stores them."""
     values = recorded(recipe).model_dump(mode="json")
     return {"recipe": values, "recipe_sha256": _hash(values)}
 
 
 def recipe_in(state: Mapping[str, Any], checkpoint: Path) -> RunRecipe | None:
-    """The recipe that a checkpoint stores, or None in a checkpoint of an earlier version, which stored none.
+    """The recipe stored in a checkpoint; None in one of an earlier version, which stored no recipe.
 
     Raises:
-        CheckpointError: it is not the one that its hash was made of.
+        CheckpointError: the recipe does not match its hash.
     """
     if "recipe" not in state:
         return None
@@ -74,10 +74,10 @@ def recipe_in(state: Mapping[str, Any], checkpoint: Path) -> RunRecipe | None:
 
 
 def run_recipe(run: Path) -> RunRecipe | None:
-    """The recipe of the run in a folder, from its newest checkpoint or else from recipe.yaml; None where neither is.
+    """The recipe of the run in a folder, from its newest checkpoint or else from recipe.yaml; None without either.
 
     Raises:
-        RecipeError: recipe.yaml is needed and cannot be read, or is missing although there is a checkpoint.
+        RecipeError: recipe.yaml is needed but is not valid, or is missing although there is a checkpoint.
         CheckpointError: see `recipe_in`.
     """
     found = newest_manifest(run / "checkpoints")
@@ -102,17 +102,17 @@ def run_recipe(run: Path) -> RunRecipe | None:
 
 
 def changed_keys(now: Mapping[str, Any], before: RunRecipe, free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
-    """The settings that define a run and differ, each with its value before and now.
+    """Settings that define a run and differ, each with its old and new value.
 
-    A local base that is no longer where it was may have been moved: its fingerprint is compared instead.
+    A local base that no longer exists may have been moved, so its path is not compared; `resume` compares fingerprints.
 
     Args:
-        now: sections of the recipe, as recorded.
-        free: starts of the keys that may change between two starts of one run.
+        now: sections of the recipe, as `recorded`.
+        free: prefixes of the keys that may change between two starts of one run.
     """
     values = before.values
-    with suppress(RecipeError):  # of another version: compared as it is
-        values = recorded(before.recipe()).model_dump(mode="json")  # with the defaults of newer settings
+    with suppress(RecipeError):  # from another version: compared unchanged
+        values = recorded(before.recipe()).model_dump(mode="json")  # adds defaults of newer settings
     old, new = flatten(values), flatten(now)
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())}
     moved = old.get("model.path", "")
@@ -122,13 +122,13 @@ def changed_keys(now: Mapping[str, Any], before: RunRecipe, free: tuple[str, ...
 
 
 def listed_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """The first three settings that differ, in words."""
+    """Text that names the first three settings that differ."""
     first = [f"{key} was {before!r}, is {now!r}" for key, (before, now) in list(changed.items())[:3]]
     return ", ".join(first) + (", ..." if len(changed) > 3 else "")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
+    """Convert nested sections to dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -139,7 +139,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def file_note(run: Path, stored: RunRecipe, free: tuple[str, ...]) -> str | None:
-    """What is wrong with recipe.yaml, which changes nothing; or None.
+    """Note that recipe.yaml is missing, invalid or edited, which has no effect on the run; or None.
 
     Args:
         free: see `changed_keys`.
@@ -158,7 +158,7 @@ def file_note(run: Path, stored: RunRecipe, free: tuple[str, ...]) -> str | None
 
 
 def _with_tuples(value: Any) -> Any:
-    """The same with the tuples that JSON has made lists."""
+    """Convert lists, which JSON makes of tuples, back to tuples."""
     if isinstance(value, Mapping):
         return {key: _with_tuples(item) for key, item in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

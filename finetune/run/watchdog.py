@@ -1,17 +1,16 @@
-"""What can end a run from outside, noticed by every rank: a signal, a launcher that died, a hang.
+"""Handles events that end a run from outside: a signal, the death of the launcher, a hang.
 
-Before the first step there is nothing to save, and a signal ends the process as it ends any other. From then on
-SIGTERM or SIGUSR1, as a scheduler sends it, requests a graceful stop: the loop reads `asked_to_stop` after each step,
-saves, and leaves in order. The same signal often arrives twice within moments, from the scheduler and from the
-launcher; a repeat within `REPEAT_SECONDS` is ignored, a later one exits immediately. The death of the launcher requests
-a graceful stop too.
+Before the first step there is nothing to save, and a signal ends the process as usual. From then on SIGTERM or SIGUSR1,
+as a scheduler sends it, requests a graceful stop: the training loop reads `asked_to_stop` after each step, saves, and
+exits. Scheduler and launcher often send the same signal twice; a repeat within `REPEAT_SECONDS` is ignored, a later one
+exits immediately. The death of the launcher also requests a graceful stop.
 
 Every loop that makes progress calls `beat`: reading data, weights and checkpoints, forward passes, writing. The run
-stalls when no rank has done so for `STALL_SECONDS`; a rank that waits in a collective for one that works does not. The
-ranks see each other's progress as the modification time of one file in the run folder, which they share. When the run
-stalls, the guard of each rank writes the stack of every thread to `crash/rankR.stack`, and the rank ends a minute
-later: the first one to end takes the others with it, and by then all have written. A timer outside Python's control
-does both for a rank whose guard cannot run.
+stalls when no rank has called it for `STALL_SECONDS`; a rank that waits in a collective for a working rank is not
+stalled. Ranks share their progress as the modification time of one file in the run folder. When the run stalls, the
+guard thread of each rank writes the stack of every thread to `crash/rankR.stack`, and the rank ends `GRACE_SECONDS`
+later. The first rank to end also ends the others, which by then have written their stacks. If the guard thread cannot
+run, a timer of faulthandler, which does not need the interpreter lock, writes the stacks and ends the rank.
 """
 
 import faulthandler
@@ -29,15 +28,15 @@ from types import FrameType
 from finetune.cluster.launcher import Launcher
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# The longest that a single operation takes which cannot report progress, such as one collective or one flush of a file.
+# Upper bound for a single operation that cannot report progress, such as one collective or one flush of a file.
 STALL_SECONDS = 3600.0
 GRACE_SECONDS = 60.0  # from the stack to the end of the process: the ranks notice a stall some seconds apart
-REPEAT_SECONDS = 10.0  # a signal that comes again within these is the same request
-GUARD_SECONDS = 10.0  # between two looks at the progress of all ranks
+REPEAT_SECONDS = 10.0  # a repeated signal within this time is the same request
+GUARD_SECONDS = 10.0  # between two checks of the progress of all ranks
 
 
 class Watch:
-    """Watches over one rank from `begin` to `end`."""
+    """Watches one rank from `begin` to `end`."""
 
     def __init__(
         self,
@@ -47,13 +46,13 @@ class Watch:
         grace_seconds: float = GRACE_SECONDS,
         repeat_seconds: float = REPEAT_SECONDS,
     ):
-        """Nothing is watched yet. Made before any rank begins to, so that all know which folders do not exist yet.
+        """Create the watch before any rank calls `begin`, so that all ranks know which folders do not exist yet.
 
         Args:
-            folder: of the run; all ranks share it.
-            stall_seconds: the longest time without progress on any rank.
-            grace_seconds: how much later the rank ends.
-            repeat_seconds: how long after the first signal another one is the same request.
+            folder: of the run, shared by all ranks.
+            stall_seconds: time without progress on any rank after which the run counts as stalled.
+            grace_seconds: from the stall to the end of the rank.
+            repeat_seconds: after the first signal, during which another one is the same request.
         """
         self.asked_to_stop: str | None = None
         self._repeat_seconds = repeat_seconds
@@ -64,35 +63,35 @@ class Watch:
         self._missing = [place for place in (folder, *folder.parents) if not place.exists()]
         self._stall_seconds, self._grace_seconds = stall_seconds, grace_seconds
         self._beats = self._beats_seen = 0
-        self._moved_at = 0  # modification time of the file, as this rank saw it last
+        self._moved_at = 0  # modification time of the file when this rank last read it
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._guard, daemon=True, name="watch")
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def begin(self) -> None:
-        """Watch the progress of all ranks from now on; signals when they are heeded."""
-        with suppress(OSError):  # what is wrong with the run folder is reported by those who need it
+        """Start to watch the progress of all ranks. Signals are handled only after `heed_signals`."""
+        with suppress(OSError):  # other code reports problems of the run folder
             self._stack_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._stack_file = self._stack_path.open("a")  # the stacks of an earlier hang stay
+            self._stack_file = self._stack_path.open("a")  # keeps the stacks of an earlier hang
         except OSError:
             self._stack_file = Path(os.devnull).open("a")  # noqa: SIM115
         self._thread.start()
 
     def heed_signals(self, launcher: Launcher | None = None) -> None:
-        """From now on a signal, or the death of the launcher, requests a graceful stop. Call it in the main thread."""
+        """Make signals and the death of the launcher request a graceful stop. Must be called in the main thread."""
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._on_signal)
         if launcher is not None:
             launcher.on_death = self._on_death
 
     def beat(self) -> None:
-        """Note that this rank makes progress; any thread may."""
+        """Record progress of this rank. Any thread may call it."""
         self._beats += 1
 
     def end(self) -> None:
-        """Stop watching; leaves nothing behind but the stack of a hang, and no folder that holds nothing."""
-        if not self._thread.is_alive():  # it was not begun
+        """Stop watching. Removes its files, except the stacks of a hang, and empty folders."""
+        if not self._thread.is_alive():  # `begin` was not called
             return
         self._over.set()
         self._thread.join()
@@ -101,10 +100,10 @@ class Watch:
         with suppress(OSError):
             if self._stack_path.stat().st_size == 0:
                 self._stack_path.unlink()
-        with suppress(OSError):  # a rank that still works makes it again
+        with suppress(OSError):  # a rank that is still working creates it again
             self._moved_path.unlink()
         for place in (self._stack_path.parent, *self._missing):
-            with suppress(OSError):  # another rank's file, or what the run left, is in it
+            with suppress(OSError):  # not empty: it holds files of another rank or of the run
                 place.rmdir()
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -130,15 +129,15 @@ class Watch:
                 self._write_stack()
 
     def _set_timer(self) -> None:
-        """End the process, with its stacks, unless this is called again in time."""
+        """Write the stacks and end the process unless this is called again in time."""
         faulthandler.dump_traceback_later(self._stall_seconds + self._grace_seconds, exit=True, file=self._stack_file)
 
     def _any_rank_moved(self) -> bool:
-        """Whether this rank or another one has made progress since the last look. Tells the others of this one's."""
+        """Whether any rank has made progress since the last call. Publishes the progress of this rank."""
         beats, seen = self._beats, self._moved_at
         moved, self._beats_seen = beats != self._beats_seen, beats
-        with suppress(OSError):  # a disk that is gone: what this rank does still counts
-            # Opened each time, since a network disk then looks for news. A FIFO in its place would not be waited for.
+        with suppress(OSError):  # if the disk is gone, the progress of this rank still counts
+            # Opening makes a network disk refresh the time. O_NONBLOCK: a FIFO in its place must not block.
             descriptor = os.open(self._moved_path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
             try:
                 if moved:
@@ -153,7 +152,7 @@ class Watch:
         self._stack_file.write(f"no progress for {self._stall_seconds:g} s, {when}\n")
         self._stack_file.flush()
         faulthandler.dump_traceback(self._stack_file, all_threads=True)
-        with suppress(OSError):  # nobody may be listening
+        with suppress(OSError):  # standard error may be closed
             print(
                 f"nextune: rank {self._rank} on {socket.gethostname()}: no rank made progress for"
                 f" {self._stall_seconds:g} s; the stacks of this one are in {self._stack_path}; it ends in"
