@@ -1,1 +1,1 @@
-"""Memory, disk, operations and time of a run, from its recipe and the model's sizes alone. Imports no torch."""
+"""Estimates memory, disk, operations and time of a run from its recipe and the model's sizes. Imports no torch."""

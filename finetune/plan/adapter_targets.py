@@ -1,4 +1,4 @@
-"""Which layers of a model the adapter targets of a recipe mean, and how large the adapters are. Imports no torch."""
+"""Sizes of the adapters that a recipe's targets select in a model. Imports no torch."""
 
 from finetune.model.config import ModelConfig
 from finetune.recipe.recipe import Recipe, RecipeError
@@ -6,7 +6,7 @@ from finetune.recipe.sections import Lora, Target
 
 
 def target_sizes(config: ModelConfig) -> dict[Target, int]:
-    """Inputs plus outputs of every adapter target, over all layers that have it."""
+    """Inputs plus outputs of every adapter target, summed over the layers that have it."""
     hidden, moe = config.hidden_size, len(config.moe_layers)
     linear = config.layer_types.count("linear_attention")
     full = config.num_hidden_layers - linear
@@ -25,7 +25,7 @@ def target_sizes(config: ModelConfig) -> dict[Target, int]:
 
 
 def meant_targets(config: ModelConfig, lora: Lora) -> tuple[Target, ...]:
-    """The targets of this recipe with `all-linear` as the list that it means for this model."""
+    """The targets of this recipe, with `all-linear` expanded for this model."""
     everything = "all-linear" in lora.targets
     return tuple(
         target
@@ -35,9 +35,9 @@ def meant_targets(config: ModelConfig, lora: Lora) -> tuple[Target, ...]:
 
 
 def adapter_parameters(config: ModelConfig, recipe: Recipe) -> tuple[int, int]:
-    """Parameters of the adapters on linear layers, and of those on all routed experts.
+    """Number of adapter parameters on linear layers, and on all routed experts.
 
-    An adapter has rank x (inputs + outputs) of them; every expert has one for each of its two matrices.
+    An adapter has rank x (inputs + outputs) parameters. Every expert has one adapter for each of its two matrices.
 
     Raises:
         RecipeError: a target that no layer of this model has.
@@ -54,7 +54,7 @@ def adapter_parameters(config: ModelConfig, recipe: Recipe) -> tuple[int, int]:
 
 
 def all_linear_sentence(config: ModelConfig, lora: Lora) -> str:
-    """What `all-linear` means for this model."""
+    """Sentence that says what `all-linear` selects in this model."""
     linear = [target for target in meant_targets(config, lora) if target != "experts"]
     return (
         f"lora.targets all-linear: {', '.join(linear)}; not the router, the shared expert's gate, dense MLPs, the"

@@ -1,23 +1,24 @@
-"""What the exchange between expert-parallel ranks sends, and how long the links take for it. Imports no torch.
+"""Bytes and time of the exchange between expert-parallel ranks. Imports no torch.
 
-Rows of `hidden` numbers travel to their expert's rank and back: two transfers in each forward pass, and two of their
-gradients in the backward pass. With even load every rank of a group receives as much from each of the others. What a
-rank keeps is not sent; what goes to a rank of its own machine takes NVLink, the rest the machine's network.
+Rows of `hidden` numbers are dispatched to the rank of their expert and combined: two transfers in each forward pass,
+and two transfers of gradients in the backward pass. Load is assumed even, so that all pairs of ranks in a group
+exchange equally many rows. Rows for experts on the same rank are not sent. Rows for ranks of the same machine use
+NVLink, the others the machine's network.
 """
 
 from dataclasses import dataclass
 
 GBIT = 1e9 / 8  # bytes
-NVLINK_GBIT = 3600.0  # each way, of one H100 or H200 (SXM): 450 GB/s
-COUNT_BYTES = 8  # rows of one expert, told ahead of the rows
+NVLINK_GBIT = 3600.0  # per direction, of one H100 or H200 (SXM): 450 GB/s
+COUNT_BYTES = 8  # number of rows for one expert, sent before the rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """What the links carry each way, in Gbit/s; None when it is not known."""
+    """Bandwidth of the links per direction, in Gbit/s; None if unknown."""
 
-    node_gbit: float | None = None  # of one rank to the others of its machine
-    network_gbit: float | None = None  # of one machine, over all its cards, shared by its ranks
+    node_gbit: float | None = None  # of one rank, to ranks of its machine
+    network_gbit: float | None = None  # of one machine, over all network cards, shared by its ranks
 
 
 UNKNOWN = Links()
@@ -25,11 +26,11 @@ UNKNOWN = Links()
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """What the rank that sends most over the network sends for one layer and one micro-batch; and how often."""
+    """Bytes that the busiest rank on the network sends for one layer and micro-batch, and how often per step."""
 
     layers: int
     micro_batches: int  # of one optimizer step
-    forward_passes: float  # with those that are done once more, of the mean layer
+    forward_passes: float  # recomputation included, mean over layers
     node_bytes: float
     network_bytes: float
     ranks_per_node: int
@@ -37,14 +38,14 @@ class Exchange:
 
     @property
     def times(self) -> int:
-        """How often a step sends `node_bytes` and `network_bytes`."""
+        """How often one step sends `node_bytes` and `network_bytes`."""
         return self.layers * self.micro_batches
 
     @property
     def seconds(self) -> float | None:
-        """The least that the exchange of one optimizer step takes; None where a link that it needs is not known.
+        """Lower bound for the exchange of one optimizer step; None if the bandwidth of a needed link is unknown.
 
-        Both kinds of link work at the same time, and all ranks of a machine share its network.
+        Both kinds of link work simultaneously, and all ranks of a machine share its network.
         """
         taken = [0.0]
         for size, gbit, ranks in (
@@ -73,11 +74,11 @@ def exchange(
     forward_passes: float,
     links: Links,
 ) -> Exchange:
-    """The exchange of a run whose expert groups are consecutive ranks, on machines that are filled one after another.
+    """Compute the exchange of a run. Expert groups are consecutive ranks, and ranks fill one machine after another.
 
     Args:
         tokens: of one micro-batch, all of them routed.
-        forward_passes: of one micro-batch in one step, of the mean layer; with one backward pass.
+        forward_passes: per micro-batch in one step, mean over layers; there is one backward pass.
     """
     rows = tokens * experts_per_token * hidden * weight_bytes * (2 * forward_passes + 2)
     counts = num_experts * COUNT_BYTES * forward_passes
@@ -95,7 +96,7 @@ def exchange(
 
 
 def _peers_away(rank: int, expert_size: int, ranks_per_node: int) -> int:
-    """Ranks of this rank's expert group that are on another machine."""
+    """Number of ranks in this rank's expert group that are on another machine."""
     first = rank // expert_size * expert_size
     group = range(first, first + expert_size)
     return sum(peer // ranks_per_node != rank // ranks_per_node for peer in group)

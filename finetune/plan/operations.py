@@ -1,9 +1,9 @@
-"""Operations per token of a `qwen3_next` model: what a step of training computes. Plain arithmetic.
+"""Operations per token of training a `qwen3_next` model.
 
-A multiply-add is two operations. Training passes through every matrix once forward and once backward for its input's
-gradient, and once more for the gradient of what trains; a frozen matrix has no third pass.
+A multiply-add is two operations. Every matrix takes part in a forward product and a product for the gradient of its
+input. A trainable matrix also takes part in a product for its own gradient.
 
-Source: the definitions in `model/`; the delta rule by the products of its chunked form (arXiv 2412.06464, section 3.3).
+Source: the definitions in `model/`; the chunked form of the delta rule (arXiv 2412.06464, section 3.3).
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from finetune.model.config import ModelConfig, Recompute
 from finetune.plan.activations import DELTA_CHUNK_TOKENS
 
-# Forward and backward of softmax attention in units of its forward: the backward pass has five products for its two.
+# Forward plus backward of softmax attention, in forward passes: the forward has two products, the backward five.
 ATTENTION_PASSES = 3.5
 DELTA_RULE_PASSES = 3.0
 
 
 def active_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of the matrices that one token is multiplied by, by component; the rest is negligible arithmetic."""
+    """Parameters of the matrices that multiply one token, by component. Other operations are negligible."""
     hidden, moe = config.hidden_size, len(config.moe_layers)
     linear = config.layer_types.count("linear_attention")
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -36,7 +36,7 @@ def active_parameters(config: ModelConfig) -> dict[str, int]:
 def step_operations(
     config: ModelConfig, sequence_tokens: int, *, adapter_parameters: int, full_parameter: bool, router_trains: bool
 ) -> float:
-    """Operations per token of forward and backward, without any recomputation."""
+    """Operations per token of forward and backward, without recomputation."""
     active = active_parameters(config)
     trained = sum(active.values()) if full_parameter else 0
     if full_parameter != router_trains:
@@ -54,10 +54,11 @@ def recompute_operations(
     layers: Sequence[Recompute],
     skips_down: bool = False,
 ) -> float:
-    """Operations per token of the halves of layers that are computed once more; adapters count by their share.
+    """Operations per token of the recomputed halves of layers. Adapters count in proportion.
 
     Args:
-        skips_down: experts end before their last product, whose output nothing reads again.
+        layers: what each layer recomputes.
+        skips_down: recomputation skips the experts' last product, whose output nothing reads.
     """
     halves = [half_operations(config, layer, sequence_tokens) for layer in range(config.num_hidden_layers)]
     again = sum(m * r.mixer + e * r.experts for (m, e), r in zip(halves, layers, strict=True))
@@ -66,19 +67,19 @@ def recompute_operations(
 
 
 def attention_operations(config: ModelConfig, sequence_tokens: int) -> float:
-    """Forward operations per token of attention itself, over all layers; they are never computed again."""
+    """Forward operations per token of attention itself, over all layers; it is never recomputed."""
     return _mixer_operations(config, sequence_tokens)[0]
 
 
 def down_operations(config: ModelConfig) -> float:
-    """Forward operations per token of the experts' last product in one layer."""
+    """Forward operations per token of the experts' down projection in one layer."""
     return 2.0 * config.num_experts_per_tok * config.hidden_size * config.moe_intermediate_size
 
 
 def half_operations(config: ModelConfig, layer: int, sequence_tokens: int) -> tuple[float, float]:
-    """Forward operations per token that one layer does once more: its mixer, and its router and experts or dense MLP.
+    """Forward operations per token of one layer's halves: the mixer, and the router and experts or the dense MLP.
 
-    Attention itself is not among them: what it gives is kept.
+    Attention itself does not count, because its output is stored and never recomputed.
     """
     active = active_parameters(config)
     linear, moe = config.layer_types.count("linear_attention"), len(config.moe_layers)
@@ -93,9 +94,9 @@ def half_operations(config: ModelConfig, layer: int, sequence_tokens: int) -> tu
 
 
 def _mixer_operations(config: ModelConfig, sequence_tokens: int) -> tuple[float, float]:
-    """Forward operations per token beside the matrices, over all layers: causal attention, and the delta rule."""
+    """Forward operations per token of causal attention and of the delta rule, over all layers, without projections."""
     linear = config.layer_types.count("linear_attention")
-    # Two products of 2 x time, of which the causal half counts.
+    # Two products of 2 x time operations each, halved by the causal mask.
     attention = 2.0 * sequence_tokens * config.num_attention_heads * config.head_dim
     key, value = config.linear_key_head_dim, config.linear_value_head_dim
     rule = config.linear_num_value_heads * (6.0 * key * value + 4 * DELTA_CHUNK_TOKENS * (key + value))

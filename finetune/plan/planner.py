@@ -1,8 +1,7 @@
-"""What a run will take before it starts: memory of every rank by component, host memory, disk, operations and time.
+"""Estimates memory of every rank by component, host memory, disk, operations and time before a run starts.
 
-Plain arithmetic over ModelConfig, Recipe and a description of the machine. What trains is counted exactly; activations
-are counted from the operations of `model/`; what cannot be known beforehand is an assumption, and every assumption is
-a sentence of the plan. Imports no torch.
+The inputs are ModelConfig, Recipe and a description of the machine. Trainable parameters are counted exactly,
+activations from the operations of `model/`. The report states every assumption. Imports no torch.
 """
 
 import json
@@ -25,78 +24,78 @@ from finetune.recipe.recipe import Recipe, RecipeError
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The needs of one run. Bytes of memory are those of one rank, the fullest."""
+    """The needs of one run. Memory is that of the rank that needs most."""
 
     work: Workload
     recompute: tuple[Recompute, ...]  # of every layer
     memory: dict[str, int]  # bytes by component
-    suggestion: str | None = None  # what would make it fit, when it does not
+    suggestion: str | None = None  # change that makes the run fit, if it does not fit
 
     @property
     def rank_bytes(self) -> int:
-        """Memory of one rank, the runtime included."""
+        """Bytes of one rank, runtime included."""
         return sum(self.memory.values())
 
     @property
     def offload_disk_bytes(self) -> int:
-        """Disk of one node that holds the optimizer's state."""
+        """Disk bytes of one node for the offloaded optimizer state."""
         on_disk = self.work.recipe.parallel.offload == "nvme"
         kept = FLOAT32 * (1 + optimizer_state.moments(self.work.recipe.optim))
         return on_disk * kept * self.work.shard * self.work.machine.ranks_here
 
     @property
     def offload_host_bytes(self) -> int:
-        """Memory of one node that the optimizer's state takes beside the GPUs."""
+        """Host bytes of one node for the offloaded optimizer state; 0 without GPUs."""
         if self.work.machine.device_bytes is None:
-            return 0  # it is among the memory of the ranks
+            return 0  # counted in the memory of the ranks
         return state_bytes.offloaded(self.work) * self.work.machine.ranks_here
 
     @property
     def host_fits(self) -> bool | None:
-        """Whether a node has room for what is offloaded; None when its memory is not known."""
+        """Whether the offloaded state fits in a node's memory; None if that is unknown."""
         if self.work.machine.host_bytes is None:
             return None
         return self.offload_host_bytes <= self.work.machine.host_bytes * (1 - FREE_FRACTION)
 
     @property
     def fits(self) -> bool | None:
-        """Whether every rank has room, and every node for what is offloaded; None when the memory is not known."""
+        """Whether the run fits in the memory of ranks and nodes; None if the memory of a rank is unknown."""
         if self.work.room_bytes is None:
             return None
         return self.rank_bytes <= self.work.room_bytes and self.host_fits is not False
 
     @property
     def host_load_bytes(self) -> int:
-        """Host memory of one node while weights are read: a stored tensor at a time in each rank."""
+        """Host bytes of one node while weights are read, one stored tensor at a time on each rank."""
         ranks = self.work.machine.ranks_here
         held = 0 if self.work.machine.device_bytes is not None else self.rank_bytes - working_bytes.RUNTIME_HOST_BYTES
         return ranks * (held + state_bytes.largest_stored(self.work.config) + working_bytes.RUNTIME_HOST_BYTES)
 
     @property
     def host_save_bytes(self) -> int:
-        """Host memory of the rank that stores most of a checkpoint while it is written."""
+        """Host bytes for a checkpoint in writing, of the rank that stores most of it."""
         trained = self.work.trained_dense + self.work.trained_experts // self.work.recipe.parallel.expert
         return FLOAT32 * trained + optimizer_state.state_bytes(self.work, trained)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """One checkpoint: float32 values of what trains, and what the optimizer keeps about them."""
+        """Bytes of one checkpoint: float32 masters and the optimizer state."""
         return FLOAT32 * self.work.trained + optimizer_state.state_bytes(self.work, self.work.trained)
 
     @property
     def checkpoints_bytes(self) -> int:
-        """Disk for all that are kept, the best among them or beside them, and the one being written."""
+        """Disk bytes for the kept checkpoints, the best one, and the one being written."""
         checkpoint = self.work.recipe.checkpoint
         return (checkpoint.keep + checkpoint.keep_best + 1) * self.checkpoint_bytes
 
     @property
     def merged_bytes(self) -> int:
-        """Disk for the exported model."""
+        """Disk bytes of the merged export."""
         return state_bytes.STORED_BYTES * sum(self.work.config.parameter_counts().values())
 
     @property
     def recomputed(self) -> float:
-        """Operations per token of what is computed once more in the backward pass, and to count load ahead."""
+        """Operations per token of recomputation, and of the forward pass that counts load before the step."""
         skips_down = gathers(working_bytes.setting(self.work))
         return (
             self.work.operations_of(self.recompute, skips_down) + self.work.counts_ahead * self.work.forward_operations
@@ -104,20 +103,20 @@ class Plan:
 
     @property
     def recomputed_share(self) -> float:
-        """Of the operations that `train.recompute: full` does again, how many this plan does."""
+        """Recomputed operations as a fraction of those with `train.recompute: full`."""
         return self.work.operations_of(self.recompute) / self.work.operations_of(
             (ALL,) * self.work.config.num_hidden_layers
         )
 
     @property
     def exchanging_passes(self) -> float:
-        """Forward passes in which rows travel, of the mean MoE layer: one, and those of `recomputed`."""
+        """Forward passes that exchange rows, mean over MoE layers: one, and those of `recomputed`."""
         again = sum(self.recompute[layer].experts for layer in self.work.config.moe_layers)
         return 1 + again / max(1, len(self.work.config.moe_layers)) + self.work.counts_ahead
 
     @property
     def exchange(self) -> Exchange | None:
-        """What expert-parallel ranks send each other in a step; None where every rank holds all experts."""
+        """The exchange between expert-parallel ranks; None without expert parallelism."""
         config, train, expert = self.work.config, self.work.recipe.train, self.work.recipe.parallel.expert
         if expert == 1:
             return None
@@ -141,7 +140,7 @@ class Plan:
 
     @property
     def throughput(self) -> Estimate | str:
-        """Tokens a second of all ranks together; or why there is no estimate."""
+        """Tokens per second of all ranks together, or the reason why there is no estimate."""
         return estimate(
             Job(
                 config=self.work.config,
@@ -158,11 +157,11 @@ class Plan:
 
 
 def model_config(recipe: Recipe, root: Path = CHECKOUT) -> tuple[ModelConfig, str]:
-    """The sizes of the recipe's model, and a sentence that says where they come from.
+    """Find the sizes of the recipe's model; return them and a sentence that names their source.
 
     Raises:
-        RecipeError: the model is not on this machine and is none of the released ones.
-        ConfigError: its config.json is none that can be trained.
+        RecipeError: the model is not on this machine and is not a released one.
+        ConfigError: its config.json describes a model that cannot be trained here.
     """
     path = recipe.model.path
     folder = resolve(path, root)
@@ -184,10 +183,10 @@ def model_config(recipe: Recipe, root: Path = CHECKOUT) -> tuple[ModelConfig, st
 
 
 def plan(config: ModelConfig, recipe: Recipe, machine: Machine) -> Plan:
-    """What `recipe` takes on `machine`.
+    """Plan `recipe` on `machine`.
 
     Raises:
-        RecipeError: the ranks, the batch, the experts or the adapters do not go together.
+        RecipeError: ranks, batch, experts or adapters are not compatible.
     """
     made = _plan(config, recipe, machine)
     return replace(made, suggestion=_suggestion(made)) if made.fits is False else made
@@ -211,11 +210,11 @@ def _plan(config: ModelConfig, recipe: Recipe, machine: Machine) -> Plan:
 
 
 def _suggestion(made: Plan) -> str:
-    """The least change that makes the run fit, or what it would fit on."""
+    """The cheapest change of settings that makes the run fit, or else how many GPUs it needs."""
     variants = _smaller(made)
     words, recipe = variants[-1] if variants else ("", made.work.recipe)
     offloaded = []
-    if made.work.machine.device_bytes is not None and recipe.parallel.offload == "none":  # slower than all before
+    if made.work.machine.device_bytes is not None and recipe.parallel.offload == "none":  # the slowest change
         moved = words + (" and " if words else "") + "parallel.offload: cpu"
         offloaded.append((moved, _changed(recipe, "parallel", offload="cpu")))
     for change, smaller in variants + offloaded:
@@ -233,7 +232,7 @@ def _suggestion(made: Plan) -> str:
 
 
 def _smaller(made: Plan) -> list[tuple[str, Recipe]]:
-    """Recipes that need less and less memory and mean the same training; what costs least time is changed first."""
+    """Recipes of the same training that need less and less memory. Changes that cost least time come first."""
     recipe, ranks = made.work.recipe, made.work.machine.ranks
     changed: dict[str, object] = {}
     variants: list[tuple[str, Recipe]] = []

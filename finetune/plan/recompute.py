@@ -1,8 +1,8 @@
-"""What is computed again in the backward pass: as the recipe says, or as little as memory allows.
+"""Activation recomputation in the backward pass: as the recipe says, or as little as memory allows.
 
-Every layer has two halves, mixer and experts. A half that is computed again keeps its input and what attention itself
-gave; one that is not, what `activations.py` counts. All ranks must choose alike: where experts are shared out,
-computing them again sends rows. Imports no torch.
+Every layer has two halves, mixer and experts. A recomputed half stores only its input and the output of attention
+itself; other halves store what `activations.py` counts. All ranks must choose alike: with expert parallelism,
+recomputed experts exchange rows. Imports no torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from finetune.model.config import ALL, NOTHING, ModelConfig, Recompute
 from finetune.plan.activations import Setting, gathers, sizes
 from finetune.plan.operations import down_operations, half_operations
 
-OPERATIONS_WHILE_A_BYTE_TRAVELS = 900  # of 400 TFLOP/s, at 450 GB/s between the cards of one machine
+OPERATIONS_WHILE_A_BYTE_TRAVELS = 900  # 400 TFLOP/s over 450 GB/s between cards of one machine
 
 
 def asked_for(config: ModelConfig, words: Sequence[str]) -> tuple[Recompute, ...] | None:
-    """What `train.recompute` says for every layer; None where it leaves the choice to us."""
+    """What every layer recomputes according to `train.recompute`; None for `auto`."""
     if "auto" in words:
         return None
     kinds = {"linear_attention": "deltanet", "full_attention": "attention"}
@@ -27,16 +27,18 @@ def asked_for(config: ModelConfig, words: Sequence[str]) -> tuple[Recompute, ...
 def least(
     config: ModelConfig, setting: Setting, fits: Callable[[tuple[Recompute, ...]], bool]
 ) -> tuple[Recompute, ...]:
-    """As little as fits: halves are kept one after the other, first those that save most operations for a byte.
+    """Choose the least recomputation that fits.
+
+    Halves are stored greedily, in descending order of operations saved per byte.
 
     Args:
-        fits: whether there is memory for this choice.
+        fits: whether memory suffices for a choice.
     """
     chosen = [ALL] * config.num_hidden_layers
     worth = []
     for layer, size in enumerate(sizes(config, setting)):
         mixer, experts = half_operations(config, layer, setting.sequence_tokens)
-        if config.is_moe(layer) and setting.exchanged:  # rows would travel again, there and back
+        if config.is_moe(layer) and setting.exchanged:  # recomputation would dispatch and combine rows again
             rows = 2 * config.num_experts_per_tok * config.hidden_size * setting.weight_bytes
             experts += OPERATIONS_WHILE_A_BYTE_TRAVELS * rows
         elif config.is_moe(layer) and gathers(setting):
@@ -51,7 +53,7 @@ def least(
 
 
 def described(config: ModelConfig, layers: Sequence[Recompute]) -> str:
-    """The choice in words: how many layers of each kind compute what again."""
+    """Describe the choice: how many layers of each kind recompute what."""
     if all(again == NOTHING for again in layers):
         return "nothing"
     if all(again == ALL for again in layers):

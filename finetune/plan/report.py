@@ -1,4 +1,4 @@
-"""A plan in words and numbers, for a terminal."""
+"""Renders a plan as text for a terminal."""
 
 from finetune.plan.adapter_targets import all_linear_sentence
 from finetune.plan.exchange import Exchange
@@ -8,10 +8,10 @@ from finetune.plan.workload import FREE_FRACTION, GIB
 
 
 def render(plan: Plan, source: str = "") -> str:
-    """The whole plan as text.
+    """Render the whole plan.
 
     Args:
-        source: where the sizes come from, the sentence of `planner.model_config`.
+        source: the sentence of `planner.model_config` on the source of the sizes.
     """
     work = plan.work
     recipe, machine, lora = work.recipe, work.machine, work.recipe.lora
@@ -101,7 +101,7 @@ def _work(plan: Plan) -> list[str]:
 
 
 def _exchange(made: Exchange) -> list[str]:
-    """What the ranks send each other, and how long that takes at least."""
+    """Lines on the bytes that ranks exchange, and the minimum time for them."""
     passes = f"{made.forward_passes:.3g} forward pass{'es' if made.forward_passes > 1 else ''} and the backward pass"
 
     def sizes(times: int) -> str:

@@ -1,4 +1,4 @@
-"""Memory of weights, masters, moments and gradients on one rank, and what of it is offloaded. Imports no torch."""
+"""Memory of weights, masters, moments and gradients on one rank, and the offloaded part. Imports no torch."""
 
 from finetune.model.config import ModelConfig
 from finetune.plan import optimizer_state
@@ -12,11 +12,11 @@ _LABELS = {
     "adafactor": "Adafactor sums of rows and columns",
 }
 STORED_BYTES = 2  # a released checkpoint is bfloat16
-REDUCE_BUCKET = 100_000_000  # elements; the constant of this name in `engine.py`, which cannot be read without torch
+REDUCE_BUCKET = 100_000_000  # elements; copy of the constant in `engine.py`, whose import needs torch
 
 
 def on_rank(work: Workload) -> dict[str, int]:
-    """Weights and what the optimizer holds, on one rank. Exact but for padding of the partitions."""
+    """Bytes of weights, masters, optimizer state and gradients on one rank. Exact except padding of partitions."""
     parallel, config = work.recipe.parallel, work.config
     local = work.trained_dense + work.trained_experts // parallel.expert
     # The decay rates of DeltaNet are float32 whatever the weights are.
@@ -30,14 +30,14 @@ def on_rank(work: Workload) -> dict[str, int]:
     gradients = FLOAT32 * (collected + min(local, REDUCE_BUCKET))
     if parallel.offload == "none":
         own = rates * (work.recipe.lora is None) if work.weight_bytes < FLOAT32 else work.shard
-        copies = work.shard - own if parallel.zero_stage == 0 else work.shard  # there, float32 is its own copy
+        copies = work.shard - own if parallel.zero_stage == 0 else work.shard  # stage 0: float32 is its own master
         return bytes_of | {
             "float32 copies of what trains": FLOAT32 * copies,
             _LABELS[work.recipe.optim.name]: optimizer_state.state_bytes(work, work.shard),
             "gradients": gradients,
         }
     on_host = offloaded(work) if work.machine.device_bytes is None else 0
-    # A buffer as large as the largest parameter, for gradients on their way to the host.
+    # Gradients are copied to the host through a buffer of the size of the largest parameter.
     return bytes_of | {
         "gradients": gradients + work.weight_bytes * _largest_trained(work),
         "offloaded optimizer state": on_host,
@@ -45,9 +45,9 @@ def on_rank(work: Workload) -> dict[str, int]:
 
 
 def offloaded(work: Workload) -> int:
-    """Host memory of one rank for an offloaded optimizer state: gradients, rounded weights, and the state but on disk.
+    """Host bytes of one rank for offload: gradients, rounded weights, and the optimizer state unless it is on disk.
 
-    Pages of a state on disk that the kernel keeps in memory are not counted: it gives them up when asked to.
+    The page cache of a state on disk is not counted, because the kernel can reclaim it.
     """
     offload = work.recipe.parallel.offload
     if offload == "none":
@@ -57,7 +57,7 @@ def offloaded(work: Workload) -> int:
 
 
 def _largest_trained(work: Workload) -> int:
-    """Elements of the largest parameter that trains on one rank."""
+    """Elements of the largest trainable parameter of one rank."""
     config, lora = work.config, work.recipe.lora
     local_experts = config.num_experts // work.recipe.parallel.expert * bool(config.moe_layers)
     if lora is None:

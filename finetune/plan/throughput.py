@@ -1,8 +1,7 @@
-"""How many tokens a second a run makes, from runs of the real command: `benchmarks/results/real_job.json`.
+"""Estimates the throughput of a run from measured runs of the real command, `benchmarks/results/real_job.json`.
 
-The time of a token on one card is that of its operations in the head and of those in the layers, each at the share of
-the peak that the measured runs reached, and that of its rows in the exchange, at the rate that they reached. Imports no
-torch.
+The time of a token on one card is the sum of the times of its operations in the head, its operations in the layers and
+the exchange of its rows. Each has the rate that the measured runs reached. Imports no torch.
 """
 
 import json
@@ -20,10 +19,10 @@ from finetune.recipe.recipe import Recipe
 RESULTS = CHECKOUT / "benchmarks" / "results" / "real_job.json"
 SOURCE = RESULTS.relative_to(CHECKOUT).as_posix()
 REFERENCE = CHECKOUT / "recipes" / "reference" / "qwen3-coder-next.json"
-DENSE_PEAK = 798e12  # bfloat16 operations a second of an H100 or H200 (SXM)
-# How far a run may be from the estimate: where its like was measured, and where it is extrapolated.
+DENSE_PEAK = 798e12  # bfloat16 operations per second of an H100 or H200 (SXM)
+# Relative error of the estimate: for configurations that were measured, and for extrapolation.
 MEASURED_MARGIN, EXTRAPOLATED_MARGIN = 0.10, 0.25
-# Sizes that decide how fast a card computes; only the number of layers may differ from the measured model.
+# Sizes that determine a card's speed, equal to the measured model's; the number of layers may differ.
 WIDTHS = (
     *("hidden_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
     *("head_dim", "num_attention_heads", "linear_num_value_heads", "linear_value_head_dim", "vocab_size"),
@@ -32,7 +31,7 @@ WIDTHS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What of a planned run decides its speed. Operations are those of one token, forward and backward."""
+    """Inputs of the estimate. Operations are those of one token, forward and backward."""
 
     config: ModelConfig
     recipe: Recipe
@@ -47,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Tokens a second of all cards together, slowest and fastest, and a sentence that says where they come from."""
+    """Tokens per second of all cards together, lower and upper bound, and a sentence that names the source."""
 
     slowest: float
     fastest: float
@@ -55,7 +54,7 @@ class Estimate:
 
 
 def estimate(job: Job) -> Estimate | str:
-    """The tokens a second of a run; or why there is no estimate, in words."""
+    """Estimate the tokens per second of a run, or return the reason why there is no estimate."""
     form = form_of(job.recipe)
     reason = _not_measured(job)
     if reason:
@@ -80,7 +79,7 @@ def estimate(job: Job) -> Estimate | str:
 
 
 def form_of(recipe: Recipe) -> str:
-    """Which kernels a GPU takes: fused, plain, or mixed when the recipe asks for some of each."""
+    """Which kernels a GPU uses: `fused`, `plain`, or `mixed` if the recipe sets some of each."""
     kernels = (recipe.kernels.experts, recipe.kernels.layers, recipe.kernels.mixers)
     fused = [kind in ("auto", "fused") for kind in kernels]
     return "fused" if all(fused) else "mixed" if any(fused) else "plain"
@@ -88,7 +87,7 @@ def form_of(recipe: Recipe) -> str:
 
 @cache
 def measured_rows() -> tuple[dict[str, Any], ...]:
-    """Rows of the real command on GPUs with nothing computed again; none when the file is not there."""
+    """Measured runs on GPUs without recomputation; empty if there is no file."""
     if not RESULTS.is_file():
         return ()
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
@@ -97,7 +96,7 @@ def measured_rows() -> tuple[dict[str, Any], ...]:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Seconds of an operation in the head and in a layer, and bytes a second of the exchange where it was measured."""
+    """Seconds per operation in the head and in the layers, and bytes per second of the exchange if measured."""
 
     head: float
     layers: float
@@ -110,9 +109,10 @@ class _Fit:
 
 
 def _fit(rows: Sequence[dict[str, Any]]) -> _Fit | None:
-    """Least squares of relative errors over the runs without an exchange, then the rest of the time of those with one.
+    """Fit the rates to measured runs; None without a run on which every rank holds all experts.
 
-    One number of layers alone does not separate the head from the layers: both then have the same share of the peak.
+    Runs without an exchange determine head and layers, by least squares of relative errors. If they all have the same
+    number of layers, head and layers get the same rate. The remaining time of runs with an exchange gives its rate.
     """
     alone = [row for row in rows if row["expert"] == 1]
     if not alone:
@@ -129,7 +129,7 @@ def _fit(rows: Sequence[dict[str, Any]]) -> _Fit | None:
 
 
 def _solve(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """The x and y for which a x + b y is nearest to 1 over all points (a, b)."""
+    """Least-squares solution x, y of a x + b y = 1 over all points (a, b)."""
     aa = ab = bb = a1 = b1 = 0.0
     for a, b in points:
         aa, ab, bb, a1, b1 = aa + a * a, ab + a * b, bb + b * b, a1 + a, b1 + b
@@ -138,7 +138,7 @@ def _solve(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _rate(row: dict[str, Any]) -> float:
-    """Tokens a second of one card."""
+    """Tokens per second of one card."""
     return float(row["tokens_per_second"]) / int(row["cards"])
 
 
@@ -147,7 +147,7 @@ def _operations(row: dict[str, Any]) -> float:
 
 
 def _bytes(row: dict[str, Any]) -> float:
-    """Bytes that a card sends the others for one token, over all layers."""
+    """Bytes that a card sends to others for one token, over all layers."""
     config, expert = _reference(), int(row["expert"])
     sent = exchange(
         layers=int(row["layers"]),
@@ -167,7 +167,7 @@ def _bytes(row: dict[str, Any]) -> float:
 
 
 def _exchange_seconds(made: Exchange, fit: _Fit) -> float | None:
-    """Seconds of one step's exchange; every link is taken to reach the measured share of what it carries."""
+    """Seconds of one step's exchange, if every link reaches the measured share of its bandwidth; None if unknown."""
     node_gbit = made.links.node_gbit or NVLINK_GBIT
     if fit.exchange_rate is None or (made.network_bytes and not made.links.network_gbit):
         return None
@@ -179,7 +179,7 @@ def _exchange_seconds(made: Exchange, fit: _Fit) -> float | None:
 
 
 def _not_measured(job: Job) -> str:
-    """Why nothing can be said of this job, or nothing."""
+    """The reason why there is no estimate for this job, or an empty string."""
     recipe, smallest = job.recipe, min((row["micro_batch_tokens"] for row in measured_rows()), default=0) // 2
     if not measured_rows():
         return f"{SOURCE} holds no run"
@@ -202,7 +202,7 @@ def _not_measured(job: Job) -> str:
 
 
 def _is_known(device: str) -> bool:
-    """Whether the card has the measured peak; one that is planned by its memory alone is taken for such a card."""
+    """Whether the card has the measured peak. A card given only by its memory is assumed to have it."""
     is_sxm = any(name in device for name in ("H100", "H200")) and not any(name in device for name in ("PCIe", "NVL"))
     return is_sxm or device.startswith("GPU with")
 
@@ -212,13 +212,13 @@ def _has_widths(config: ModelConfig) -> bool:
 
 
 def _like(rows: Sequence[dict[str, Any]], device: str) -> Sequence[dict[str, Any]]:
-    """Rows of this very card, where they separate the head from the layers; else all."""
+    """Rows of the same device if they have different numbers of layers, which the fit needs; else all rows."""
     same = [row for row in rows if row["device"] == device]
     return same if len({row["layers"] for row in same if row["expert"] == 1}) > 1 else rows
 
 
 def _unlike(job: Job, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """In what the job is outside of what was measured, in words."""
+    """Properties of the job that are outside the measured range."""
     train, layers = job.recipe.train, [row["layers"] for row in rows]
     tokens = [row["micro_batch_tokens"] for row in rows]
     on_device = [row for row in rows if row["device"] == job.device]

@@ -1,4 +1,4 @@
-"""Memory of one rank while it differentiates a micro-batch, beside weights and optimizer state. Imports no torch."""
+"""Memory of one rank for a micro-batch, in addition to weights and optimizer state. Imports no torch."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,10 @@ from finetune.plan.activations import Setting
 from finetune.plan.adapter_targets import meant_targets
 from finetune.plan.workload import GIB, Workload
 
-# Held by CUDA, NCCL and libraries on a GPU, by Python with its libraries on the host, for each rank.
+# Per rank: CUDA, NCCL and libraries on a GPU; Python and its libraries on the host.
 RUNTIME_DEVICE_BYTES = 3 * GIB // 2
 RUNTIME_HOST_BYTES = GIB
-UNEVEN_LOAD = 0.5  # what a rank's experts may receive beyond the mean, for `train.recompute: auto` to leave room
+UNEVEN_LOAD = 0.5  # rows above the mean, as a fraction of it, that `train.recompute: auto` leaves room for
 
 
 def setting(work: Workload) -> Setting:
@@ -21,7 +21,7 @@ def setting(work: Workload) -> Setting:
     fused_experts, fused_layers, fused_mixers = (
         kind == "fused" or (kind == "auto" and on_gpu) for kind in (kernels.experts, kernels.layers, kernels.mixers)
     )
-    flash = fused_mixers and on_gpu and work.weight_bytes == 2  # it keeps documents apart without a mask
+    flash = fused_mixers and on_gpu and work.weight_bytes == 2  # flash attention isolates documents without a mask
     return Setting(
         weight_bytes=work.weight_bytes,
         full_parameter=lora is None,
@@ -40,40 +40,40 @@ def setting(work: Workload) -> Setting:
 
 
 def on_rank(work: Workload, recompute: Sequence[Recompute]) -> dict[str, int]:
-    """What one micro-batch needs, by component, at the moment of the backward pass that needs most.
+    """Bytes that one micro-batch needs at the peak of the backward pass, by component.
 
-    It goes through the layers from the last to the first. Every layer's turn needs all that the layer saves, kept since
-    the forward pass or computed again; what the layers behind it have kept is gone by then.
+    The backward pass visits the layers from the last to the first. Each layer needs all its saved tensors, stored or
+    recomputed, and the stored tensors of the layers before it; those of later layers are already freed.
     """
     config, how, tokens = work.config, setting(work), work.recipe.train.micro_batch_tokens
     between = held = turn = before = 0.0
     for size, again in zip(activations.sizes(config, how), recompute, strict=True):
         between += size.between
-        # Computed again at once, the mixer's half is there already while the experts' has its turn.
+        # If both halves are recomputed together, the mixer's tensors exist during the backward pass of the experts.
         mixer = size.mixer if again.experts or not again.mixer else 0.0
         now = max(mixer + size.experts + size.experts_gradients, size.mixer + size.mixer_gradients)
         if before + now > held + turn:
             held, turn = before, now
         before += size.mixer * (not again.mixer) + size.experts * (not again.experts)
-        if again.experts and not again.mixer:  # the experts' input, to begin with
+        if again.experts and not again.mixer:  # the stored input of the experts half
             before += config.hidden_size * how.weight_bytes
-    # The head comes before any layer's turn, when all is kept that is kept.
+    # The backward pass of the head comes first, when all stored tensors still exist.
     logits = activations.loss_bytes(config, tokens, how) - int(tokens * (held + turn - before))
     return {
         "kept between layers": int(tokens * between),
         "saved in the layers before": int(tokens * held),
         "the layer that needs most, and its gradients": int(tokens * turn),
-        "rows on their way between ranks": tokens * _travelling(work),  # with even load as many arrive
+        "rows on their way between ranks": tokens * _travelling(work),  # and with even load received
         "logits and their gradient, beyond these": max(0, logits),
         "runtime": RUNTIME_HOST_BYTES if work.machine.device_bytes is None else RUNTIME_DEVICE_BYTES,
     }
 
 
 def uneven_load(work: Workload, recompute: Sequence[Recompute]) -> int:
-    """Bytes that the fullest rank may need beyond the plan because its experts receive more rows than the mean."""
+    """Bytes that a rank may need beyond the plan because its experts receive more rows than the mean."""
     config, how = work.config, setting(work)
     if not how.exchanged:
-        return 0  # every rank holds all experts, and its rows are those of its own tokens
+        return 0  # every rank holds all experts and processes its own tokens
     sizes = activations.sizes(config, how)
     held = sum(size.experts for size, again in zip(sizes, recompute, strict=True) if not again.experts)
     turn = max(size.experts + size.experts_gradients for size in sizes) + _travelling(work)
@@ -81,7 +81,7 @@ def uneven_load(work: Workload, recompute: Sequence[Recompute]) -> int:
 
 
 def _travelling(work: Workload) -> int:
-    """Bytes per token of rows on their way: a row leaves for its expert's rank and comes back; so does its gradient."""
+    """Bytes per token of exchange buffers: rows dispatched and combined, and the gradients of both."""
     if work.recipe.parallel.expert == 1:
         return 0
     return 4 * work.config.num_experts_per_tok * work.config.hidden_size * work.weight_bytes

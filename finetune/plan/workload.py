@@ -1,4 +1,4 @@
-"""The inputs of a plan: model, recipe, machine, and the counts that follow from them alone. Imports no torch."""
+"""The inputs of a plan: model, recipe, machine, and counts derived from them. Imports no torch."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,19 +10,19 @@ from finetune.plan.operations import attention_operations, recompute_operations,
 from finetune.recipe.recipe import Recipe
 
 GIB = 2**30
-FREE_FRACTION = 0.08  # of a device, for what the allocator cannot use
+FREE_FRACTION = 0.08  # of a device, for memory that the allocator cannot use
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where the run will be; `device_bytes` is the memory of one GPU, None where there are none."""
+    """The machine of the run; `device_bytes` is the memory of one GPU, None without GPUs."""
 
     ranks: int
     ranks_per_node: int
     device_name: str
     device_bytes: int | None
     host_bytes: int | None = None  # memory of one node, if known
-    disk_bytes: int | None = None  # free where the run folder goes, if known
+    disk_bytes: int | None = None  # free on the disk of the run folder, if known
     links: Links = UNKNOWN
 
     @property
@@ -54,15 +54,15 @@ class Workload:
 
     @property
     def active_adapters(self) -> int:
-        """Parameters of the adapters that one token passes through."""
+        """Parameters of the adapters that process one token."""
         config = self.config
         return self.dense_adapters + self.expert_adapters * config.num_experts_per_tok // config.num_experts
 
     @property
     def shard(self) -> int:
-        """Parameters whose float32 copy and moments one rank keeps.
+        """Parameters whose masters and moments one rank stores.
 
-        ZeRO divides dense parameters over all ranks, experts over those that hold the same ones.
+        ZeRO partitions dense parameters over all ranks, experts over the ranks that hold the same experts.
         """
         if self.recipe.parallel.zero_stage == 0:
             return self.trained_dense + self.trained_experts // self.recipe.parallel.expert
@@ -70,7 +70,7 @@ class Workload:
 
     @property
     def room_bytes(self) -> int | None:
-        """What a rank may use: of its GPU, or of its share of the host; None when that is not known."""
+        """Bytes that a rank may use, of its GPU or of its share of the host; None if unknown."""
         if self.machine.device_bytes is not None:
             return int(self.machine.device_bytes * (1 - FREE_FRACTION))
         if self.machine.host_bytes is None:
@@ -79,13 +79,13 @@ class Workload:
 
     @property
     def counts_ahead(self) -> bool:
-        """Whether each micro-batch passes forward once before the step, to count the load of the whole batch."""
+        """Whether a forward pass over all micro-batches counts the load before the step."""
         balance = self.recipe.router.balance
         return balance.coefficient > 0 and balance.kind == "global" and self.accumulation > 1
 
     @cached_property
     def operations(self) -> float:
-        """Operations per token of training, recomputation not counted."""
+        """Operations per token of training, without recomputation."""
         return step_operations(
             self.config,
             self.recipe.train.sequence_tokens,
@@ -107,10 +107,10 @@ class Workload:
 
 
 def workload(config: ModelConfig, recipe: Recipe, machine: Machine) -> Workload:
-    """The inputs of the plan of `recipe` on `machine`.
+    """Compute the inputs of the plan of `recipe` on `machine`.
 
     Raises:
-        RecipeError: the ranks, the batch, the experts or the adapters do not go together.
+        RecipeError: ranks, batch, experts or adapters are not compatible.
     """
     recipe.check_ranks(machine.ranks, config.num_experts)
     dense_adapters, expert_adapters = adapter_parameters(config, recipe)
@@ -137,6 +137,6 @@ def workload(config: ModelConfig, recipe: Recipe, machine: Machine) -> Workload:
 
 
 def weight_bytes(recipe: Recipe, machine: Machine) -> int:
-    """Bytes of one weight: of the recipe's number format, or of what suits the machine."""
+    """Bytes of one weight in the recipe's dtype; for `auto`, bfloat16 on GPUs and float32 on the CPU."""
     auto = "float32" if machine.device_bytes is None else "bfloat16"
     return {"float32": 4, "bfloat16": 2}[auto if recipe.model.dtype == "auto" else recipe.model.dtype]
