@@ -16,11 +16,12 @@ NOT_DECAYED = ("norm.weight", "embed_tokens.weight")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in groups: matrices with decay; norms, decay rates, biases and embeddings without.
+    """Group trainable parameters: matrices with weight decay; norms, decay rates, biases and embeddings without.
 
-    Decay would pull the zero-centred norms to the identity, `linear_attn.norm` to zero, and the decay rates of DeltaNet
-    to a fixed time scale. These have a group of their own, after others, since DeepSpeed wants one dtype in a group and
-    takes the first group's for the model's. So have expert parameters, since DeepSpeed reduces them over other ranks.
+    Weight decay would pull the zero-centred norms to the identity, `linear_attn.norm` to zero, and the decay rates of
+    DeltaNet to a fixed time scale. Decay rates have a separate group after the first, because DeepSpeed needs one dtype
+    per group and takes the first group's as the model's. Expert parameters have a separate group, because DeepSpeed
+    reduces them over other ranks.
     """
     sets: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "decay rates": [], "experts": []}
     for name, parameter in model.named_parameters():
@@ -72,7 +73,7 @@ def initial_state(
 
 
 def warmup_of(optim: Optim, steps: int) -> int:
-    """Steps of the warm-up in a run of `steps` steps; a longer one ends with the run."""
+    """Number of warm-up steps in a run of `steps` steps, at most `steps`."""
     asked = math.ceil(optim.warmup_ratio * steps) if optim.warmup_ratio else optim.warmup_steps
     return min(asked, steps)
 
@@ -80,7 +81,7 @@ def warmup_of(optim: Optim, steps: int) -> int:
 def learning_rate(step: int, *, steps: int, optim: Optim) -> float:
     """Learning rate of optimizer step `step`, counted from 1, in a run of `steps` steps.
 
-    With W steps of warm-up and the lowest rate f = final_lr_fraction, as fractions of the peak:
+    With W warm-up steps and f = final_lr_fraction, as fractions of the peak:
 
         step <= W               step / W
         constant                1
@@ -88,8 +89,8 @@ def learning_rate(step: int, *, steps: int, optim: Optim) -> float:
         cosine                  f + (1 - f) (1 + cos(pi p)) / 2       p as for linear
         wsd                     f + (1 - f) (1 - p)                   p = max(0, step - (steps - D)) / D
 
-    where wsd falls over the last D = decay_ratio x steps steps, rounded up, after the warm-up. Transformers' schedules
-    of these names give the same values (its linear with f = 0, its warmup_stable_decay with decay_type linear).
+    where wsd decays over the last D = decay_ratio x steps steps, rounded up, after the warm-up. Schedules of the same
+    names in transformers give the same values (its linear with f = 0, its warmup_stable_decay with decay_type linear).
     """
     warmup = warmup_of(optim, steps)
     if step <= warmup:

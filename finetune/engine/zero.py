@@ -1,6 +1,6 @@
-"""Float32 masters of what trains, by ZeRO stage: on every rank alike (0), or divided over ranks by DeepSpeed (1, 2).
+"""Float32 masters of trainable parameters: replicated (ZeRO-0), or partitioned over ranks by DeepSpeed (ZeRO-1, 2).
 
-Both classes keep values and the state of the optimizer in float32 whatever the weights are, sum gradients in float32
+Both classes hold masters and optimizer state in float32 whatever the dtype of the weights, sum gradients in float32
 over micro-batches and ranks, and clip by the norm over all ranks, experts of other ranks included. Their state is read
 and written by whole parameter. Source of the stages: arXiv 1910.02054.
 """
@@ -34,7 +34,7 @@ from finetune.recipe.recipe import RecipeError
 
 
 class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
-    """ZeRO-1 and 2: each rank holds masters and moments of its share of every group, on its device, host or disk."""
+    """ZeRO-1 and 2: each rank holds masters and moments of its partition of every group, on device, host or disk."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, engine: DeepSpeedEngine):
         self.loss_is_finite = torch.tensor(True)  # in the step being taken, of all ranks; if not, it changes nothing
@@ -64,14 +64,14 @@ class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             has_moe_layers=engine.has_moe_layers,
             check_grad_overflow=engine.bfloat16_enabled() and engine._config.bfloat16_config.check_grad_overflow,
         )
-        # Now, not in the first step: what does not fit is known at once. DeepSpeed 0.19.8 would also connect parameters
-        # and moments after the first group's step, while the other groups have none.
+        # State is allocated here, not in the first step, so that lack of memory shows at the start. DeepSpeed 0.19.8
+        # would also link parameters and moments after the first group's step, before the other groups have moments.
         for group, partition in zip(optimizer.param_groups, self.single_partition_of_fp32_groups, strict=True):
             self.optimizer.state[partition] = initial_state(optimizer, group, partition.detach(), self._zeros)
         self._lazy_init_hp_params_optimizer_state()
 
     def initialize_optimizer_states(self) -> None:
-        """DeepSpeed's own preparation, called while it is built, of masters that were moved to where they stay."""
+        """Move masters to disk if offloaded there, then initialise as DeepSpeed does. Called by its constructor."""
         if self._on_disk:
             for partition in self.single_partition_of_fp32_groups:
                 partition.data = self._zeros(partition.detach()).copy_(partition.detach())
@@ -83,17 +83,17 @@ class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
         return torch.where(self.loss_is_finite.to(norm.device), norm, torch.inf)
 
     def _gradient_reduction_buffer_dtype(self) -> torch.dtype:
-        """What gradients are gathered in before they are sent: DeepSpeed's ZeRO-2 would round to bfloat16 there."""
+        """Dtype of the gradient reduction buffer. DeepSpeed's ZeRO-2 would round to bfloat16."""
         return torch.float32
 
     def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """The whole master (`fp32`) or a moment of a parameter, on its device. Collective."""
+        """The whole master (`fp32`) or moment of a parameter, on its device. Collective."""
         if kind == "fp32":
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
 
     def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        """Replace this rank's part of a master or moment by that of `value`, the whole one."""
+        """Set this rank's partition of a master or moment from the whole tensor `value`."""
         if kind == "fp32":
             safe_set_full_fp32_param(parameter, value)
         else:
@@ -112,10 +112,10 @@ class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
 
 
 class Replicated:
-    """ZeRO-0: every rank holds masters and moments of all that it trains.
+    """ZeRO-0: every rank holds masters and moments of all its trainable parameters.
 
-    Ours, since DeepSpeed 0.19.8 sums bfloat16 gradients in bfloat16 here, and with expert ranks takes the mean of their
-    norms for the norm (its issue 8475). A float32 parameter is its own master.
+    It replaces DeepSpeed's optimizer: version 0.19.8 sums bfloat16 gradients in bfloat16 at this stage, and with expert
+    parallelism uses the mean of the ranks' norms as the norm (its issue 8475). A float32 parameter is its own master.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, engine: DeepSpeedEngine):
@@ -140,9 +140,9 @@ class Replicated:
         return self.optimizer.param_groups
 
     def reduce(self) -> None:
-        """Average over all ranks the gradients that the micro-batches have left. Collective.
+        """Average the accumulated gradients over all ranks. Collective.
 
-        A parameter that this rank has no gradient for counts as zero: every rank joins every reduction.
+        A parameter without a gradient on this rank counts as zero, because every rank must join every reduction.
         """
         by_group: dict[str | None, list[Tensor]] = {}
         for parameter, master in self._masters.items():
@@ -154,13 +154,13 @@ class Replicated:
             for bucket in _buckets(gradients, self._bucket):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
                 dist.all_reduce(flat, group=group)
-                # An expert's gradient already holds the rows of all ranks of its group, so it is divided alike.
+                # An expert's gradient already sums the rows of all ranks of its group, so the divisor is the same.
                 flat /= dist.get_world_size()
                 for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                     gradient.copy_(mean.view_as(gradient))
 
     def step(self) -> None:
-        """Clip, update the masters, round them into the weights; nothing if a loss or the gradient is not finite."""
+        """Clip gradients, update masters and weights; do nothing if a loss or the gradient is not finite."""
         norm = self._norm()
         self.overflow = not (norm.isfinite() & self.loss_is_finite)
         self._global_grad_norm = float("inf") if self.overflow else float(norm)
@@ -175,7 +175,7 @@ class Replicated:
         self.update_lp_params()
 
     def _norm(self) -> Tensor:
-        """Norm of the gradient over all parameters, those of experts on other ranks included. Collective."""
+        """Gradient norm over all parameters, those of experts on other ranks included. Collective."""
         squares: dict[str | None, Tensor] = {}
         for parameter, master in self._masters.items():
             assert master.grad is not None, "reduce comes before step"
@@ -187,13 +187,13 @@ class Replicated:
         return torch.stack(list(squares.values())).sum().sqrt()
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for master in self._masters.values():
             master.grad = None
 
     @torch.no_grad()
     def update_lp_params(self) -> None:
-        """Round the masters into the weights that the forward pass reads."""
+        """Copy the masters, rounded to the dtype of the weights, into the weights."""
         for parameter, master in self._masters.items():
             if parameter is not master:
                 parameter.copy_(master)
@@ -219,25 +219,24 @@ class Replicated:
 
 
 def zeros_on_disk(folder: str | Path, like: Tensor) -> Tensor:
-    """Float32 zeros in the shape of `like`, in a file without a name that is mapped into memory.
+    """Allocate float32 zeros of the shape of `like` in an unnamed file that is mapped into memory.
 
-    The kernel moves pages between disk and memory as they are used; the file's space is free again when this process
-    ends, however it ends.
+    The kernel pages them between disk and memory. The space on disk is freed when this process ends in any way.
 
     Raises:
-        RecipeError: the folder cannot be written to, or has too little room.
+        RecipeError: the folder is not writable, or the disk has too little space.
     """
     size = max(1, like.numel()) * torch.float32.itemsize
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told now; a page without room is a bus error
+            os.posix_fallocate(file.fileno(), 0, size)  # detects a full disk now; later it would be a bus error
             mapped = mmap.mmap(file.fileno(), size)
     except OSError as error:
         raise RecipeError(
             f"parallel.offload_path: {folder}: cannot hold {size / 1e9:.2f} GB more of the optimizer's state"
             f" ({error.strerror}); free space there, or name a folder on another disk"
         ) from None
-    # Of the whole file, since torch refuses a buffer of nothing: a rank may have no share of a group.
+    # The file has at least one element, because torch refuses an empty buffer and a rank may have an empty partition.
     return torch.frombuffer(mapped, dtype=torch.float32)[: like.numel()].view(like.shape)
 
 
@@ -246,7 +245,7 @@ def _zeros(like: Tensor) -> Tensor:
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """The float32 parameter that the optimizer updates in the place of this one, and that collects its gradients."""
+    """The float32 master of a parameter, which accumulates its gradients; a float32 parameter is its own master."""
     if parameter.dtype == torch.float32:
         return parameter
     master = nn.Parameter(parameter.detach().float())
@@ -262,12 +261,12 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _expert_group(parameter: nn.Parameter) -> str | None:
-    """Name of the groups that share this parameter, or None for one that all ranks have."""
+    """Name of the expert process groups of an expert parameter; None for a dense parameter."""
     return getattr(parameter, "group_name", None) if is_marked(parameter) else None
 
 
 def _buckets(tensors: Iterable[Tensor], elements: int) -> Iterator[list[Tensor]]:
-    """These tensors in order, so many at a time that they have about as many elements."""
+    """Split tensors, in order, into buckets of at most `elements` elements; a larger tensor has its own bucket."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and sum(t.numel() for t in bucket) + tensor.numel() > elements:

@@ -153,7 +153,7 @@ def loss_bytes(config: ModelConfig, tokens: int, setting: Setting) -> int:
     """Bytes that exist while the loss of a micro-batch of `tokens` is differentiated, chunk by chunk."""
     if setting.fused_layers:
         logits = min(LOSS_CHUNK_BYTES, tokens * config.vocab_size * setting.weight_bytes)
-        # Weight gradient: the float32 sum, and two in the weight's dtype: one chunk's, and the scaled result.
+        # Weight gradient: the float32 sum; in the weight's dtype a chunk's or the rounded sum, and the scaled result.
         head = config.vocab_size * config.hidden_size * (FLOAT32 + 2 * setting.weight_bytes)
         return logits + head * setting.full_parameter + 3 * tokens * config.hidden_size * setting.weight_bytes
     per_logit = LOGIT_COPIES_FLOAT32 * FLOAT32 + LOGIT_COPIES_WEIGHT * setting.weight_bytes

@@ -1,4 +1,4 @@
-"""How much each optimizer of a recipe keeps about what trains, beside its values. Imports no torch."""
+"""Size of the optimizer state, without the masters. Imports no torch."""
 
 from collections.abc import Iterator
 from math import prod
@@ -51,7 +51,7 @@ def _trained_shapes(config: ModelConfig, recipe: Recipe) -> Iterator[Shape]:
 
 
 def _target_of(name: str) -> str:
-    """The adapter target that a parameter belongs to."""
+    """The adapter target of a parameter."""
     if ".mlp.experts." in name:
         return "experts"
     return "shared_expert" if ".shared_expert." in name else name.removesuffix(".weight").rpartition(".")[2]
