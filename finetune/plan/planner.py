@@ -73,13 +73,13 @@ class Plan:
 
     @property
     def host_save_bytes(self) -> int:
-        """Host bytes for a checkpoint in writing, of the rank that stores most of it."""
+        """Host memory of the rank that stores most of a checkpoint while it is written."""
         trained = self.work.trained_dense + self.work.trained_experts // self.work.recipe.parallel.expert
         return FLOAT32 * trained + optimizer_state.state_bytes(self.work, trained)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of one checkpoint: float32 masters and the optimizer state."""
+        """One checkpoint: float32 values of what trains, and what the optimizer keeps about them."""
         return FLOAT32 * self.work.trained + optimizer_state.state_bytes(self.work, self.work.trained)
 
     @property

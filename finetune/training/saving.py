@@ -145,16 +145,14 @@ def resume(
     Args:
         folder: of the run.
         recipe: of this start. Settings that define a run must equal those in the checkpoint, if it is of this run.
-        base: folder of the base weights.
-        base_now: their fingerprint.
+        base: folder of the base weights, `base_now` their fingerprint.
         progress: called after each hashed piece and for each tensor that is read.
 
     Returns:
         State and tensors of the checkpoint; None if the run starts from the base weights.
 
     Raises:
-        RankError: the checkpoint has another recipe, other base weights or other data; or checkpoints exist but none is
-            complete; or the disk cannot be read.
+        RankError: recipe, base weights or data differ, no checkpoint is complete, or the disk cannot be read.
     """
     root = folder / "checkpoints"
     with world.together(CheckpointError, RecipeError, MonitoringError):
