@@ -152,7 +152,7 @@ def resume(
         State and tensors of the checkpoint; None if the run starts from the base weights.
 
     Raises:
-        RankError: recipe, base weights or data differ, no checkpoint is complete, or the disk cannot be read.
+        RankError: recipe, base weights or data differ; checkpoints exist but none is complete; the disk cannot be read.
     """
     root = folder / "checkpoints"
     with world.together(CheckpointError, RecipeError, MonitoringError):
