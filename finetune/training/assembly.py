@@ -155,7 +155,7 @@ def _datasets_of_all(
 ) -> tuple[Dataset, Dataset | None]:
     """Open training and held-out data on every rank. Collective.
 
-    Rank 0 reads the sources, the first rank of every other host checks its cache, and the remaining ranks only open it.
+    Rank 0 reads the sources, the first rank of every other host builds or verifies its cache, the others open it.
     Bad data is therefore reported after one pass over it, and a host hashes nothing twice.
     """
     found: list[Known | None] = [None, None]

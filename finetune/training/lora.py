@@ -80,7 +80,7 @@ def inject(
     """Inject adapters into the targets and freeze everything else; return the names of the adapted modules.
 
     Factor A is random and factor B is zero, so the adapted model initially equals the base model. Each expert has its
-    own seed, so factor A does not depend on the expert's rank. With dropout, linear layers use peft's slower forward.
+    own seed, so its factor A is the same on any number of ranks. With dropout, linear layers use peft's slower forward.
 
     Args:
         rslora: scale by alpha / sqrt(rank) instead of alpha / rank.

@@ -42,8 +42,8 @@ class Totals:
 class Windows:
     """Sums since the last report and since the last routing record, which are due at different steps.
 
-    Sums are float64, exact for counts below 2^53. Recomputed layers are not counted twice, because only the first
-    forward pass returns its routing.
+    Sums are float64, exact for counts below 2^53. Only the differentiated forward pass is counted; a recomputed layer
+    does not return its routing again.
     """
 
     def __init__(self, layers: int, experts: int, device: torch.device):
