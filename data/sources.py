@@ -88,7 +88,7 @@ class BadRows:
             self.stop_if_any()
 
     def looked_at_a_row(self) -> None:
-        """Count a row of the sources; after `LOOK_AHEAD_ROWS` without end, stop the search for further bad rows."""
+        """Count a row of the sources; `LOOK_AHEAD_ROWS` after a fatal bad row, end the search for more of them."""
         self.rows_seen += 1
         self._rows_since += self.stopping
         if self._rows_since > LOOK_AHEAD_ROWS:

@@ -118,7 +118,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
     for stream in (process.stdin, process.stdout):
         try:
             cast(IO[bytes], stream).close()
-        except OSError:  # of data that could not be sent
+        except OSError:  # some data could no longer be sent
             continue
     process.wait()
 

@@ -76,7 +76,7 @@ def open_run(
     run: Path, *, name: str, mode: Literal["offline", "online"], project: str, config: Mapping[str, Any]
 ) -> "wandb.Run":
     """Start a W&B run with its files in the run folder; without key or connection, log it and fall back to offline."""
-    # Otherwise a terminal is asked for a key, without a timeout.
+    # Otherwise W&B asks a terminal for a key, without a timeout.
     wandb.setup(settings=wandb.Settings(silent=True, login_timeout=30))
     settings = wandb.Settings(silent=True, console="off", disable_code=True, init_timeout=60, finish_timeout=120)
     given: dict[str, Any] = {"dir": run, "id": run_id(run), "name": name, "project": project, "settings": settings}

@@ -41,7 +41,7 @@ from finetune.checkpoint.shards import (
 from finetune.model.config import ModelConfig
 from finetune.model.model import HybridMoEForCausalLM, parameter_dtype
 
-MAX_SHARD_BYTES = 5e9  # as the hub's own tools
+MAX_SHARD_BYTES = 5e9  # as in the hub's own tools
 TRAINED = ("F32", "BF16", "F16", "F64")  # stored dtypes; all are cast to the dtype of the run
 PROGRESS_SECONDS = 10.0  # between two progress messages of a long load
 
