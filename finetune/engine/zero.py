@@ -37,7 +37,7 @@ class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
     """ZeRO-1 and 2: each rank holds masters and moments of its partition of every group, on device, host or disk."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, engine: DeepSpeedEngine):
-        self.loss_is_finite = torch.tensor(True)  # in the step being taken, of all ranks; if not, it changes nothing
+        self.loss_is_finite = torch.tensor(True)  # in the current step, over all ranks; if not, the step is skipped
         offload = engine.zero_offload_optimizer()
         on_disk = offload is not None and offload.device == OffloadDeviceEnum.nvme
         self._zeros: Callable[[Tensor], Tensor] = partial(zeros_on_disk, offload.nvme_path) if on_disk else _zeros
@@ -100,7 +100,7 @@ class Sharded(DeepSpeedZeroOptimizer):  # type: ignore[misc]
             safe_set_full_optimizer_state(parameter, value, kind)
 
     def set_step(self, step: int) -> None:
-        """Steps that the optimizer is to count as taken; SGD counts none."""
+        """Set the optimizer's step count; SGD has none."""
         for partition in self.single_partition_of_fp32_groups:
             if "step" in self.optimizer.state[partition]:
                 self.optimizer.state[partition]["step"].fill_(step)
@@ -120,7 +120,7 @@ class Replicated:
 
     def __init__(self, optimizer: torch.optim.Optimizer, engine: DeepSpeedEngine):
         self.optimizer = optimizer
-        self.loss_is_finite = torch.tensor(True)  # in the step being taken, of all ranks; if not, it changes nothing
+        self.loss_is_finite = torch.tensor(True)  # in the current step, over all ranks; if not, the step is skipped
         self.overflow = False  # whether the last step was skipped because a loss or the gradient was not finite
         self._global_grad_norm = 0.0  # read by the engine
         self._clip_norm: float = engine.gradient_clipping()
