@@ -1,4 +1,4 @@
-"""Gated softmax attention: partial rotary embedding, normalised queries and keys, a sigmoid gate on the output.
+"""Gated softmax attention: partial rotary embedding, RMS-normed queries and keys, a sigmoid gate on the output.
 
 Source: `Qwen3NextAttention`, transformers 5.23.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.attention.varlen  # makes its operator known
+import torch.nn.attention.varlen  # registers torch.ops.torch_attn
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from finetune.model.layers import RMSNorm, rms_norm, rotate
 
 
 class Packing(NamedTuple):
-    """How documents are packed, padding counted as documents; what a way of keeping them apart is made from."""
+    """How documents are packed; the input of `Isolate`. A run of padding counts as a document."""
 
     segment_ids: Int[Tensor, "batch time"]
     documents: int
@@ -25,17 +25,17 @@ class Packing(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Where documents start in the flattened batch, and where the last one ends, for kernels that need no mask."""
+    """Document boundaries in the flattened batch, for attention kernels that take cumulative lengths, not a mask."""
 
-    starts: Int[Tensor, " documents_1"]  # int32
+    starts: Int[Tensor, " documents_1"]  # int32; first token of each document, then the number of tokens
     longest: int  # tokens of the longest document
 
 
 Isolation = Bool[Tensor, "batch 1 time time"] | Documents
 Isolate = Callable[[Packing], Isolation]
 
-# Attention itself, in every form that keeps no scores, of those that this torch has. What it gives is kept even where a
-# layer is computed again: a token's price grows with the length of its sequence, what it gives does not.
+# Attention operators of this torch that do not store the scores. Their outputs are saved even where the layer is
+# recomputed: recomputing attention costs O(sequence length) a token, storing its output O(1).
 PRODUCTS = [
     getattr(operators, name).default
     for operators, name in (
@@ -50,10 +50,10 @@ PRODUCTS = [
 
 
 class GatedAttention(nn.Module):
-    """Causal attention within documents; `q_proj` gives each head its query and its gate, in that order.
+    """Causal attention within documents. The rows of a head in `q_proj` are its query, then its output gate.
 
-    `prepare`, `attend_packed` (which takes what the model's `isolate` makes) and `gate_output` are the definitions or
-    kernels equal to them.
+    `prepare`, `attend_packed` and `gate_output` are the definitions or equivalent kernels. `attend_packed` takes the
+    result of the model's `isolate`.
     """
 
     def __init__(self, config: ModelConfig):
@@ -77,7 +77,11 @@ class GatedAttention(nn.Module):
         sin: Float[Tensor, "batch time rotary"],
         isolation: Isolation | None,
     ) -> Float[Tensor, "batch time hidden"]:
-        """`isolation`: what keeps documents apart; None: every sequence is one document."""
+        """Apply the layer.
+
+        Args:
+            isolation: attention mask or document boundaries; None if every sequence is one document.
+        """
         weights = self.q_norm.weight, self.k_norm.weight
         query, key, gate = self.prepare(self.q_proj(x), self.k_proj(x), cos, sin, *weights, self.q_norm.eps)
         value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -98,7 +102,16 @@ def prepare(
     Float[Tensor, "batch time kv_heads dim"],
     Float[Tensor, "batch time heads dim"],
 ]:
-    """From the outputs of `q_proj` and `k_proj`: queries and keys, normed and turned by their positions; and gates."""
+    """Norm and rotary embedding between the projections and attention. The definition.
+
+    Args:
+        q_gate: output of `q_proj`.
+        key: output of `k_proj`.
+        q_weight: weight of the query norm; `k_weight` is that of the key norm.
+
+    Returns:
+        Queries and keys, normed and rotated; and the output gates before the sigmoid.
+    """
     query, gate = q_gate.unflatten(-1, (-1, 2 * len(q_weight))).chunk(2, dim=-1)
     key = key.unflatten(-1, (-1, len(k_weight)))
     query, key = (rms_norm(x, w, eps).transpose(1, 2) for x, w in ((query, q_weight), (key, k_weight)))
@@ -111,7 +124,7 @@ def attend(
     value: Float[Tensor, "batch time kv_heads dim"],
 ) -> Float[Tensor, "batch time heads dim"]:
     """Causal attention, every sequence one document."""
-    if query.is_cuda and query.dtype == torch.float32:  # there, the kernel that takes grouped keys keeps every score
+    if query.is_cuda and query.dtype == torch.float32:  # its kernel for grouped keys stores all scores
         key, value = _for_every_head(query, key), _for_every_head(query, value)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -123,35 +136,35 @@ def attend_masked(
     value: Float[Tensor, "batch time kv_heads dim"],
     isolation: Bool[Tensor, "batch 1 time time"],
 ) -> Float[Tensor, "batch time heads dim"]:
-    """Attention where the mask allows it."""
-    # Only cuDNN takes a mask together with grouped keys, and not at every head size; the kernel that all other GPUs
-    # would fall back to keeps every score. With equal heads the memory-efficient kernel serves.
+    """Attention under a boolean mask (True: may attend). The definition for several documents a sequence."""
+    # Only cuDNN supports a mask with grouped keys, and not at every head size; the fallback stores all scores. With
+    # keys and values repeated for every query head, the memory-efficient kernel applies.
     key, value = _for_every_head(query, key), _for_every_head(query, value)
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=isolation).transpose(1, 2)
 
 
 def _for_every_head(query: Tensor, key: Tensor) -> Tensor:
-    """Keys or values once for every head of the queries that share them."""
+    """Keys or values, each head repeated for the query heads that share it."""
     return key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
 
 
 def gate_output(
     out: Float[Tensor, "batch time heads dim"], gate: Float[Tensor, "batch time heads dim"]
 ) -> Float[Tensor, "batch time hidden"]:
-    """Heads side by side, each behind its gate: out * sigmoid(gate)."""
+    """out * sigmoid(gate), with the heads concatenated."""
     return (out * gate.sigmoid()).flatten(-2)
 
 
 def document_mask(packing: Packing) -> Bool[Tensor, "batch 1 time time"]:
-    """Who may look at whom: earlier or equal position, same document. time^2 bytes per sequence of the batch."""
+    """Causal mask within documents: True where query (row) may attend to key (column). time^2 bytes a sequence."""
     same = packing.segment_ids.unsqueeze(-1) == packing.segment_ids.unsqueeze(-2)
     return same.tril().unsqueeze(1)
 
 
 def has_several_documents(segment_ids: Int[Tensor, "batch time"], padding: int) -> Int[Tensor, ""]:
-    """How many positions keep plain causal attention from serving: tokens of a sequence's second document and later.
+    """Number of tokens in the second and later documents of their sequences; 0 if causal attention needs no mask.
 
-    Padding may follow the document: no token looks ahead to it, and what it computes is read by nobody.
+    Padding after the only document needs no mask: no token attends to it, and its outputs are not used.
     """
     return ((segment_ids != segment_ids[:, :1]) & (segment_ids != padding)).sum()

@@ -1,6 +1,6 @@
-"""The sizes of a `qwen3_next` model, read from its released `config.json`, and how many parameters they make.
+"""The sizes of a `qwen3_next` model, read from its released `config.json`, and the parameter counts they imply.
 
-Field names are the checkpoint's own. Both spellings of the rotary settings are read: top-level `rope_theta` and
+Field names are those of the checkpoint. Both spellings of the rotary settings are read: top-level `rope_theta` and
 `partial_rotary_factor` (the released files) and `rope_parameters` (written by transformers 5).
 
 `config_file.py` reads the file. Source: `Qwen3NextConfig`, transformers 5.24.
@@ -19,7 +19,7 @@ _MOST_EXPERTS = 250_000  # over all layers; the released model has 24,576
 
 
 class Recompute(NamedTuple):
-    """Which halves of a layer are computed again in its backward pass, where they would keep much memory."""
+    """Which halves of a layer are recomputed in the backward pass instead of storing their activations."""
 
     mixer: bool  # norm, DeltaNet or attention, residual sum and its norm
     experts: bool  # router, experts and shared expert, or a dense MLP
@@ -30,7 +30,11 @@ NOTHING, ALL = Recompute(False, False), Recompute(True, True)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and constants of one model. Defaults are those of `Qwen3NextConfig` where the released files omit them."""
+    """Sizes and constants of one model. Defaults are those of `Qwen3NextConfig`.
+
+    Raises:
+        ConfigError: the sizes contradict each other.
+    """
 
     vocab_size: int = VOCABULARY
     hidden_size: int = 2048
@@ -65,7 +69,7 @@ class ModelConfig:
             raise ConfigError("; ".join(problems))
 
     def _problems(self) -> list[str]:
-        """What sizes that are right one by one do not allow together."""
+        """Contradictions between sizes that are each valid alone, one sentence each."""
         problems = []
         if len(self.layer_types) != self.num_hidden_layers:
             problems.append(
@@ -96,10 +100,10 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
-        """The configuration in `folder/config.json`.
+        """Read the configuration in `folder/config.json`.
 
         Raises:
-            ConfigError: no such file, not JSON, another model family, or a feature that this model does not have.
+            ConfigError: no such file, not JSON, another model family, an unsupported feature, or no layer with experts.
         """
         folder = Path(folder)
         path = folder / "config.json"
@@ -122,10 +126,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> "ModelConfig":
-        """The configuration in the parsed contents of a `config.json`.
+        """Build the configuration from the parsed contents of a `config.json`.
 
         Raises:
-            ConfigError: another model family, a wrong type, or a feature that this model does not have.
+            ConfigError: another model family, a wrong type, or an unsupported feature.
         """
         settings = settings_of(values)
         return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
@@ -144,7 +148,7 @@ class ModelConfig:
         return self.linear_num_value_heads * self.linear_value_head_dim
 
     def is_moe(self, layer: int) -> bool:
-        """Whether `layer` routes to experts; the others have one dense gated MLP of `intermediate_size`."""
+        """Whether `layer` has routed experts. The other layers have a dense gated MLP of `intermediate_size`."""
         return (
             layer not in self.mlp_only_layers and self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
         )
@@ -154,7 +158,7 @@ class ModelConfig:
         return tuple(layer for layer in range(self.num_hidden_layers) if self.is_moe(layer))
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by component, over all layers; their sum is the size of the model without `mtp.*`."""
+        """Number of parameters of each component, over all layers. Their sum is the model without `mtp.*`."""
         hidden, experts = self.hidden_size, self.num_experts
         linear = self.layer_types.count("linear_attention")
         moe = len(self.moe_layers)

@@ -1,7 +1,7 @@
-"""What a released `config.json` says, checked key by key, and what transformers' own config class makes of it.
+"""Parsing and validation of a released `config.json`, with the defaults of transformers' config class.
 
-A key that changes the model is either served as `Qwen3NextConfig` serves it or refused by name; a key that changes
-nothing in this family is passed over, as there.
+A key that changes the model is interpreted as `Qwen3NextConfig` does, or refused by name. A key without effect in this
+model family is ignored, as in transformers.
 
 Source: `Qwen3NextConfig`, `PreTrainedConfig` and `RotaryEmbeddingConfigMixin`, transformers 5.24.
 """
@@ -17,7 +17,7 @@ from monitoring.json_file import kind_of
 
 Mixer = Literal["linear_attention", "full_attention"]
 
-LAYERS, VOCABULARY = 48, 151936  # where a file does not say
+LAYERS, VOCABULARY = 48, 151936  # defaults
 
 _MOST_LAYERS = 1_000
 _MOST_EXPERTS = 100_000
@@ -25,7 +25,7 @@ _MOST_SHOWN = 60  # characters of a value in a message
 
 
 class ConfigError(ValueError):
-    """A `config.json` that this model cannot be built from: says the key, what was found and what is supported."""
+    """A `config.json` that this model cannot be built from; the message has key, value and what is supported."""
 
 
 def _absent(value: Any) -> Any:
@@ -81,7 +81,7 @@ Stored = Literal["float32", "bfloat16", "float16", "float64"]
 
 @with_config(_STRICT)
 class _Keys(TypedDict, total=False):
-    """Every key of a `config.json` that this model depends on. None has a default: `ModelConfig` has them."""
+    """Every key of a `config.json` that this model depends on. The defaults are in `ModelConfig`."""
 
     model_type: Required[Literal["qwen3_next"]]
     vocab_size: Size
@@ -110,7 +110,7 @@ class _Keys(TypedDict, total=False):
     tie_word_embeddings: bool
     initializer_range: Annotated[Real, Field(ge=0)]
     pad_token_id: int | None
-    # Served in one form only.
+    # Only one value is supported.
     hidden_act: Literal["silu"]
     attention_bias: Annotated[bool, AfterValidator(_false)]
     attention_dropout: Annotated[float, Field(ge=0, le=0)]
@@ -127,7 +127,7 @@ class _Keys(TypedDict, total=False):
 
 @with_config(_STRICT)
 class _Rope(TypedDict):
-    """The rotary settings that apply, wherever the file has them."""
+    """The effective rotary settings, from any of their places in the file."""
 
     rope_type: Literal["default"]
     rope_theta: Annotated[float, Field(gt=0)]
@@ -139,11 +139,14 @@ _validate_rope = TypeAdapter(_Rope).validate_python
 
 
 def settings_of(values: Any) -> dict[str, Any]:
-    """The settings in the parsed contents of a `config.json`, by the names of `ModelConfig`; absent ones are left out.
+    """Validate the parsed contents of a `config.json`.
+
+    Returns:
+        Values by key, including every field of `ModelConfig` that the file sets.
 
     Raises:
-        ConfigError: another model family, a wrong type or size, or a feature that this model does not have; one line
-            names every key.
+        ConfigError: another model family, a wrong type or size, or an unsupported feature; the one-line message names
+            every such key.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"holds {kind_of(values)} where an object is expected")
@@ -174,10 +177,10 @@ def _layer_types(values: Mapping[str, Any]) -> list[Mixer]:
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The rotary settings that apply, and the key that each comes from.
+    """The effective rotary settings, and the key that each comes from.
 
-    As in transformers: `rope_scaling`, if there is anything in it, replaces `rope_parameters`; what neither has is
-    taken from the top of the file, then from the family's defaults.
+    As in transformers: a non-empty `rope_scaling` replaces `rope_parameters`. A setting absent there is read from the
+    top level of the file; otherwise it has the default of the family.
     """
     section = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     inner = values.get(section)
@@ -196,10 +199,10 @@ def _rope(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
 def _problems(
     validate: Callable[[dict[str, Any]], Any], values: Mapping[str, Any], places: Mapping[str, str]
 ) -> dict[str, str]:
-    """What is wrong with each key, in words.
+    """Validation errors as sentences, by key; the first error of each key.
 
     Args:
-        places: other names of keys, for the message.
+        places: where the file has a key, for the message; by default its own name.
     """
     try:
         validate(dict(values))

@@ -1,6 +1,6 @@
-"""The gated delta rule: the recurrence that defines it, and the chunked form that trains.
+"""The gated delta rule: the recurrence that defines it, and the chunked form used in training.
 
-Both keep documents apart exactly: a token reads nothing that was written before its own document began.
+Both isolate documents exactly: the state is zero at the start of every document.
 
 Source: arXiv 2412.06464; `torch_recurrent_gated_delta_rule`, transformers 5.23.
 """
@@ -25,9 +25,12 @@ def recurrent_gated_delta_rule(
     S_t = a_t S_{t-1} + b_t k_t (v_t - a_t S_{t-1}^T k_t)^T,   o_t = S_t^T q_t / sqrt(key),   S = 0 before a document
 
     Args:
-        query: of length one, as is `key`; value head h reads key head h // (value_heads / key_heads).
-        log_decay: log a_t, at most 0 (how much of the state survives).
-        write: b_t in (0, 1) (how much of the correction is written).
+        query: unit vectors, as is `key`; value head h uses key head h // (value_heads / key_heads).
+        log_decay: log a_t, at most 0, where a_t is the decay of the state.
+        write: b_t in (0, 1), the write strength.
+
+    Returns:
+        o_t in float32.
     """
     query, key = (for_every_value_head(x.float(), value) for x in (query, key))
     value, decay, write = value.float(), log_decay.float().exp(), write.float()
@@ -56,10 +59,10 @@ def chunked_gated_delta_rule(
     """`recurrent_gated_delta_rule` in chunks: one triangular solve a chunk, and a loop over chunks for the state.
 
     Within a chunk the corrections u solve (I + L) u = b (v - a S^T k), with L_ij = b_i (k_i . k_j) a_{j+1..i} for j < i
-    in the same document. Only tokens of the document that entered the chunk read the incoming state, and only the last
-    document of the chunk writes the outgoing one, so documents are exactly as if run alone.
+    in the same document. Only tokens of the document that enters the chunk read the incoming state. Only the last
+    document of the chunk writes the outgoing state. So every document is computed as if it were alone.
 
-    Source: arXiv 2412.06464, section 3.3 (the WY form); the masks are ours.
+    Source: arXiv 2412.06464, section 3.3 (the WY form); the document masks are ours.
     """
     time, scale = query.shape[1], query.shape[-1] ** -0.5
     pad = -time % chunk_tokens
@@ -75,12 +78,12 @@ def chunked_gated_delta_rule(
         F.pad(x.float(), (0, 0, 0, pad)).transpose(1, 2).unflatten(2, (-1, chunk_tokens)) for x in (log_decay, write)
     )  # (batch, heads, chunks, chunk)
     segment = F.pad(segment_ids, (0, pad), value=-2).unflatten(1, (-1, chunk_tokens)).unsqueeze(1)
-    last = segment[..., -1:]  # the document that leaves each chunk
-    entering = F.pad(last[:, :, :-1], (0, 0, 1, 0), value=-3)  # the document that enters it; none before the first
+    last = segment[..., -1:]  # the document at the end of each chunk
+    entering = F.pad(last[:, :, :-1], (0, 0, 1, 0), value=-3)  # the last one of the chunk before
 
     reaches = (segment.unsqueeze(-1) == segment.unsqueeze(-2)).tril()  # (batch, 1, chunks, chunk, chunk)
-    # Decay of the token's own document within the chunk, up to and including the token. Not a cumulative sum over the
-    # chunk: its differences are the same but for rounding, and the rounding would cross from document to document.
+    # Sum of log decays over the token's own document within the chunk, up to and including the token. Differences of a
+    # cumulative sum over the chunk would have rounding errors that depend on other documents.
     total = (reaches.to(log_decay.dtype) @ log_decay.unsqueeze(-1)).squeeze(-1)
     between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~reaches, -torch.inf).exp()
     since_start = total.exp() * (segment == entering)
@@ -98,7 +101,7 @@ def chunked_gated_delta_rule(
     state = query.new_zeros(*query.shape[:2], key.shape[-1], value.shape[-1])
     outputs = []
     chunks = (x.unbind(2) for x in (written, recall, reads, within, leaves, survives))
-    for w, r, q, scores, k, share in zip(*chunks, strict=True):  # not by index, whose gradient fills all chunks
+    for w, r, q, scores, k, share in zip(*chunks, strict=True):  # an index's gradient has the size of all chunks
         correction = w - r @ state
         outputs.append(q @ state + scores @ correction)
         state = state * share + k @ correction

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: the module around the gated delta rule. The rule itself is in `delta_rule.py`.
+"""Gated DeltaNet: the layer around the gated delta rule. The rule itself is in `delta_rule.py`.
 
 Source: `Qwen3NextGatedDeltaNet`, transformers 5.23; arXiv 2412.06464.
 """
@@ -15,12 +15,12 @@ from finetune.model.config import ModelConfig
 from finetune.model.delta_rule import chunked_gated_delta_rule
 from finetune.model.layers import GatedRMSNorm
 
-# Always float32: at bfloat16 a decay rate has 8 bits, and an update of a thousandth of it is lost.
+# Always float32: bfloat16 keeps 8 bits, so a relative update of 1e-3 would be rounded away.
 DECAY_RATES = (".A_log", ".dt_bias")
 
 
 class Heads(NamedTuple):
-    """How the projections of a layer are cut into heads; value heads h, h + 1, ... of a group share a key head."""
+    """Numbers and dimensions of the heads; values / keys consecutive value heads share a key head."""
 
     keys: int
     values: int
@@ -29,14 +29,14 @@ class Heads(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What the delta rule reads, and the gate of what it writes."""
+    """Inputs of the delta rule, and the gate of its output."""
 
-    query: Float[Tensor, "batch time key_heads key"]  # of length one, as is `key`; dtype of the projection
+    query: Float[Tensor, "batch time key_heads key"]  # unit vectors, as is `key`; dtype of the projection
     key: Float[Tensor, "batch time key_heads key"]
     value: Float[Tensor, "batch time value_heads value"]
     log_decay: Float[Tensor, "batch time value_heads"]  # float32, as is `write`
     write: Float[Tensor, "batch time value_heads"]
-    gate: Float[Tensor, "batch time key_heads group_value"]  # a view of the projection, grouped as it lies there
+    gate: Float[Tensor, "batch time key_heads group_value"]  # a view of the projection, grouped by key head
 
 
 # qkvz, ba, convolution weight, A_log, dt_bias, segment_ids, heads
@@ -46,8 +46,9 @@ Prepare = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Heads], Prep
 class GatedDeltaNet(nn.Module):
     """Linear attention with a decaying state per head, a short convolution before it and a gated norm after it.
 
-    `in_proj_qkvz` and `in_proj_ba` are grouped by key head, as released: the rows of key head g are its query, its
-    key, the values of its value heads and their gates z; the convolution runs over the flat queries | keys | values.
+    `in_proj_qkvz` and `in_proj_ba` are grouped by key head, as in the released checkpoints. The rows of key head g are
+    its query, its key, the values of its value heads and their gates z. The channels of the convolution are
+    queries | keys | values, not grouped. `prepare` and `rule` are the definitions or equivalent kernels.
     """
 
     def __init__(self, config: ModelConfig):
@@ -58,13 +59,13 @@ class GatedDeltaNet(nn.Module):
             config.linear_key_head_dim,
             config.linear_value_head_dim,
         )
-        # The definitions, or kernels equal to them.
         self.prepare: Prepare = prepare
         self.rule: Callable[..., Tensor] = chunked_gated_delta_rule
         hidden, channels = config.hidden_size, 2 * config.key_dim + config.value_dim
         self.in_proj_qkvz = nn.Linear(hidden, 2 * config.key_dim + 2 * config.value_dim, bias=False)
         self.in_proj_ba = nn.Linear(hidden, 2 * self.heads.values, bias=False)
-        # Holds the released `conv1d.weight`; `causal_convolution` below reads it, since nn.Conv1d knows no documents.
+        # Holds `conv1d.weight` of the checkpoint. Never called: nn.Conv1d cannot isolate documents, so
+        # `causal_convolution` reads the weight.
         self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.heads.values))
         self.dt_bias = nn.Parameter(torch.empty(self.heads.values))
@@ -103,10 +104,10 @@ def prepare(
     segment_ids: Int[Tensor, "batch time"],
     heads: Heads,
 ) -> Prepared:
-    """Everything between the projections and the delta rule. The definition.
+    """Computation between the projections and the delta rule. The definition.
 
-    Queries, keys and values pass the convolution and SiLU, queries and keys are brought to length one; log_decay is
-    `log_decay` of a, write is sigmoid of b.
+    Queries, keys and values go through the convolution and SiLU; queries and keys are then L2-normalised.
+    `log_decay` is computed from a, `write` is sigmoid(b).
     """
     key_dim, value_dim = heads.key_dim, heads.values // heads.keys * heads.value_dim
     qkvz = qkvz.unflatten(-1, (heads.keys, -1))
@@ -139,9 +140,9 @@ def causal_convolution(
     weight: Float[Tensor, "channels width"],
     segment_ids: Int[Tensor, "batch time"],
 ) -> Float[Tensor, "batch time channels"]:
-    """Depthwise causal convolution that reads nothing from before the document of its token.
+    """Depthwise causal convolution within documents.
 
-    y_t = sum_j weight[:, width - 1 - j] * x_{t-j} over those j whose token t - j lies in the document of t.
+    y_t = sum_j weight[:, width - 1 - j] * x_{t-j} over those j for which token t - j is in the document of t.
     Summed in float32, returned in the dtype of x.
     """
     width, time = weight.shape[1], x.shape[1]
@@ -155,6 +156,6 @@ def causal_convolution(
 
 
 def l2_normalize(x: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any dim"]:
-    """x / sqrt(sum x^2 + 1e-6), computed in float32. Not `F.normalize`, which clamps: the released kernels add."""
+    """x / sqrt(sum x^2 + 1e-6), computed in float32. The released kernels add epsilon; `F.normalize` clamps."""
     wide = x.float()
     return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)

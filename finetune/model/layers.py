@@ -20,7 +20,7 @@ def rms_norm(x: Float[Tensor, "*any dim"], weight: Float[Tensor, " dim"], eps: f
 
 
 class RMSNorm(nn.Module):
-    """The weight of a zero-centred norm; `compute` is the definition or a kernel equal to it."""
+    """Zero-centred root-mean-square norm; `compute` is `rms_norm` or an equivalent kernel."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -35,13 +35,13 @@ class RMSNorm(nn.Module):
 def residual_norm(
     x: Float[Tensor, "*any dim"], delta: Float[Tensor, "*any dim"], weight: Float[Tensor, " dim"], eps: float
 ) -> tuple[Float[Tensor, "*any dim"], Float[Tensor, "*any dim"]]:
-    """The residual stream after a sublayer, x + delta, and its norm, which the next sublayer reads."""
+    """x + delta, the residual stream after a sublayer, and `rms_norm` of that sum, the input of the next sublayer."""
     total = x + delta
     return total, rms_norm(total, weight, eps)
 
 
 class GatedRMSNorm(nn.Module):
-    """Holds the weight of `gated_rms_norm`, or of a fast form of it that is set as `compute`."""
+    """Gated root-mean-square norm; `compute` is `gated_rms_norm` or an equivalent kernel."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -63,7 +63,7 @@ def gated_rms_norm(
 ) -> Float[Tensor, "*batch heads dim"]:
     """Root-mean-square norm with a plain weight (not zero-centred), then a SiLU gate: weight * x / rms(x) * silu(gate).
 
-    The gate has the numbers of x in their order; heads may lie in groups.
+    The gate has as many elements as x, in the same order; several heads may form one group.
 
     Source: `Qwen3NextRMSNormGated`, transformers 5.23 (norm before gate; the weight multiplies in the dtype of x).
     """
@@ -72,7 +72,7 @@ def gated_rms_norm(
 
 
 class MLP(nn.Module):
-    """Gated MLP: down(silu(gate x) * up x); `activate` is the definition or a kernel equal to it."""
+    """Gated MLP: down(silu(gate x) * up x); `activate` is `swiglu` or an equivalent kernel."""
 
     def __init__(self, hidden: int, width: int):
         super().__init__()
@@ -96,13 +96,13 @@ def add_gated(
     x: Float[Tensor, "tokens hidden"],
     gate_weight: Float[Tensor, "1 hidden"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """Routed experts, where there are any yet, plus the shared one behind its gate: sigmoid(gate_weight x) * shared."""
+    """routed + sigmoid(gate_weight x) * shared; without `routed`, only the gated shared expert."""
     gated = F.linear(x, gate_weight).sigmoid() * shared
     return gated if routed is None else routed + gated
 
 
 def positions_in_segments(segment_ids: Int[Tensor, "batch time"]) -> Int[Tensor, "batch time"]:
-    """Position of each token in its own document: 0, 1, 2, ... and again from 0 where the segment id changes."""
+    """Position of each token in its document: counts from 0, and restarts where the segment id changes."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
     starts = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
     return index - torch.where(starts, index, 0).cummax(dim=1).values
@@ -111,7 +111,7 @@ def positions_in_segments(segment_ids: Int[Tensor, "batch time"]) -> Int[Tensor,
 def rotary_table(
     positions: Int[Tensor, "batch time"], rotary_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "batch time rotary"], Float[Tensor, "batch time rotary"]]:
-    """Cosine and sine of position x frequency, both halves alike; computed in float32, returned in `dtype`.
+    """Cosine and sine of position x frequency, repeated for both halves; computed in float32, returned in `dtype`.
 
     Source: arXiv 2104.09864; the half-split layout of `rotate_half` in transformers.
     """
@@ -126,7 +126,7 @@ def rotate(
     cos: Float[Tensor, "batch time rotary"],
     sin: Float[Tensor, "batch time rotary"],
 ) -> Float[Tensor, "batch heads time dim"]:
-    """Rotate the first `rotary` dimensions of every head by its position; the others pass through."""
+    """Apply the rotary embedding to the first `rotary` dimensions of every head; the others are unchanged."""
     turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
     half = torch.cat((-second, first), dim=-1)

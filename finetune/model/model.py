@@ -1,8 +1,8 @@
-"""The hybrid mixture-of-experts causal language model: the table of contents of this package.
+"""The hybrid mixture-of-experts causal language model: embedding, blocks, head, recompute and initialisation.
 
-Parameter names are those of transformers' `Qwen3NextForCausalLM` in memory, so that
-`ours.load_state_dict(theirs.state_dict())` is the whole conversion. Reading and writing checkpoint folders is
-`finetune/checkpoint/weights.py`.
+Parameter names are those of transformers' `Qwen3NextForCausalLM` in memory, so
+`ours.load_state_dict(theirs.state_dict())` is the whole conversion. `finetune/checkpoint/weights.py` reads and writes
+checkpoint folders.
 
 Source: `Qwen3NextForCausalLM`, transformers 5.23.
 """
@@ -36,29 +36,29 @@ PADDING = -1  # segment id of a position that holds no token
 
 
 class Output(NamedTuple):
-    """What one forward pass gives; `logits` without labels, the loss with them."""
+    """Result of a forward pass: `logits` without labels, `loss_sum` and `token_count` with labels."""
 
     logits: Float[Tensor, "batch time vocabulary"] | None
     loss_sum: Float[Tensor, ""] | None  # float32, over supervised tokens
-    token_count: Int[Tensor, ""] | None  # supervised tokens
+    token_count: Int[Tensor, ""] | None  # number of supervised tokens
     routings: dict[int, Routing]  # by layer; layers with a dense MLP are absent
 
 
 class Layout(NamedTuple):
-    """Facts about the batch that every layer reads, computed once."""
+    """Properties of the batch that every layer needs, computed once per forward pass."""
 
     segment_ids: Int[Tensor, "batch time"]
     cos: Float[Tensor, "batch time rotary"]
     sin: Float[Tensor, "batch time rotary"]
-    isolation: Isolation | None  # what keeps documents apart in attention; None: every sequence is one document
+    isolation: Isolation | None  # attention mask or document boundaries; None: one document a sequence
     tokens: Int[Tensor, " tokens"] | None  # flat positions that hold a token; None: all of them
 
 
 class Block(nn.Module):
-    """x + mixer(norm x), then x + experts(norm x); `add_and_norm` is the definition or a kernel equal to it.
+    """x + mixer(norm x), then x + experts(norm x); `add_and_norm` is `residual_norm` or an equivalent kernel.
 
-    Either half may be computed again in the backward pass instead of keeping what it would need there; attention's own
-    output is kept all the same.
+    Either half may be recomputed in the backward pass instead of storing its activations. The output of the attention
+    operator is stored in any case.
     """
 
     def __init__(self, config: ModelConfig, layer: int, local_experts: int):
@@ -80,31 +80,32 @@ class Block(nn.Module):
         self, x: Float[Tensor, "batch time hidden"], layout: Layout
     ) -> tuple[Float[Tensor, "batch time hidden"], Routing | None]:
         again = self.recompute if torch.is_grad_enabled() else NOTHING
-        if all(again):  # at once, so that nothing but the layer's input is kept
+        if all(again):  # as one function, so that only the layer's input is stored
             x, out, routing = self._again(self._halves, x, layout, NOTHING)
         else:
             x, out, routing = self._halves(x, layout, again)
         if layout.tokens is not None and routing is not None:
             out = torch.zeros_like(x).flatten(0, 1).index_put((layout.tokens,), out).view_as(x)
-        # Here, since it needs nothing again: what is computed again ends before the experts' last product.
+        # Outside of the recomputed function: the sum needs no stored tensor, so recompute can stop before the experts'
+        # last product.
         return x + out, routing
 
     def _halves(self, x: Tensor, layout: Layout, again: Recompute) -> tuple[Tensor, Tensor, Routing | None]:
-        """What the residual stream is after the mixer, what the experts add to it, and the routing."""
+        """The residual stream after the mixer, the output of the experts or the MLP, and the routing."""
         feed = partial(self._again, self._feed, attends=False) if again.experts else self._feed
         x, normed = self._again(self._mix, x, layout) if again.mixer else self._mix(x, layout)
         out, routing = feed(normed, layout)
         return x, out, routing
 
     def _again(self, function: Callable[..., Any], *inputs: Any, attends: bool = True) -> Any:
-        """Keep the inputs, and what attention itself gives; compute the rest again in the backward pass."""
+        """Checkpoint `function`: store its inputs and the output of attention, recompute the rest."""
         attends = attends and not self.is_linear
         kept = partial(create_selective_checkpoint_contexts, PRODUCTS) if attends else noop_context_fn
         draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
         return checkpoint(function, *inputs, use_reentrant=False, context_fn=kept, preserve_rng_state=draws)
 
     def _mix(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """x + mixer(norm x), and its norm."""
+        """x + mixer(norm x), and the norm of that sum."""
         normed = self.input_layernorm(x)
         if self.is_linear:
             mixed = self.linear_attn(normed, layout.segment_ids)
@@ -114,7 +115,7 @@ class Block(nn.Module):
         return self.add_and_norm(x, mixed, norm.weight, norm.eps)
 
     def _feed(self, normed: Tensor, layout: Layout) -> tuple[Tensor, Routing | None]:
-        """What an MLP adds to every position, or the experts to every position that holds a token."""
+        """Output of the MLP for every position, or of the experts for the positions that hold a token."""
         if isinstance(self.mlp, MLP):
             return self.mlp(normed), None
         if layout.tokens is None:
@@ -139,7 +140,7 @@ class Decoder(nn.Module):
 
 
 class HybridMoEForCausalLM(nn.Module):
-    """Qwen3-Next: DeltaNet and attention mixers, routed experts in (almost) every layer, a language-model head.
+    """Qwen3-Next: DeltaNet and attention mixers, routed experts or a dense MLP, a language-model head.
 
     Args:
         experts: ids of the experts that this rank holds, a contiguous range; all of them by default.
@@ -147,11 +148,11 @@ class HybridMoEForCausalLM(nn.Module):
 
     def __init__(self, config: ModelConfig, experts: range | None = None):
         super().__init__()
-        self.settings = config  # not `config`: peft would take the model for one of transformers' own
+        self.settings = config  # not `config`: peft would treat the model as one of transformers
         self.local_experts = experts if experts is not None else range(config.num_experts)
-        self.keep_router_logits = True  # what the router losses read
-        self.loss = token_loss_sum  # the definition, or a kernel equal to it
-        self.isolate: Isolate = document_mask  # or what the kernel in `GatedAttention.attend_packed` takes
+        self.keep_router_logits = True  # input of the router losses
+        self.loss = token_loss_sum  # the definition, or an equivalent kernel
+        self.isolate: Isolate = document_mask  # makes the `isolation` of `GatedAttention.attend_packed`
         self.model = Decoder(config, len(self.local_experts))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
@@ -163,12 +164,12 @@ class HybridMoEForCausalLM(nn.Module):
         position_ids: Int[Tensor, "batch time"] | None = None,
         labels: Int[Tensor, "batch time"] | None = None,
     ) -> Output:
-        """Logits, or with labels the summed loss; and the routing of every layer. `route` gives the routing alone.
+        """Compute logits, or with labels the summed loss; and the routing of every layer.
 
         Args:
             segment_ids: document of each position, contiguous; -1 is padding, which is never routed. Documents are
-                isolated in attention, convolution and recurrent state. All positions are one document by default.
-            position_ids: position in the document; counted from the segment ids by default.
+                isolated in attention, convolution and recurrent state. By default each sequence is one document.
+            position_ids: position in the document; derived from the segment ids by default.
             labels: the token that each position must predict (already shifted), or -100.
         """
         x, routings, supervised = self._decode(input_ids, segment_ids, position_ids, labels)
@@ -179,7 +180,7 @@ class HybridMoEForCausalLM(nn.Module):
 
     @property
     def recompute(self) -> tuple[Recompute, ...]:
-        """What every layer computes again in the backward pass; True stands for all of it, False for nothing."""
+        """The recomputed halves of every layer; may also be set to True (all) or False (none)."""
         return tuple(block.recompute for block in self.model.blocks)
 
     @recompute.setter
@@ -190,23 +191,23 @@ class HybridMoEForCausalLM(nn.Module):
             block.recompute = again
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Give the weights this number format, in place; see `parameter_dtype`."""
+        """Convert the parameters to `dtype` in place, with the exceptions of `parameter_dtype`."""
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(parameter_dtype(name, dtype))
 
     def route(self, input_ids: Int[Tensor, "batch time"], segment_ids: Int[Tensor, "batch time"]) -> dict[int, Routing]:
-        """The routing of every layer, as `forward` gives it, without the cost and the memory of logits."""
+        """The routing of every MoE layer, as `forward` returns it, without computing logits."""
         return self._decode(input_ids, segment_ids, None, None)[1]
 
     def tie(self) -> None:
-        """Make the head use the embedding's weight where the configuration says so; again after either was replaced."""
+        """Tie the head to the embedding if the configuration says so. Repeat it after either weight is replaced."""
         if self.settings.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _decode(
         self, input_ids: Tensor, segment_ids: Tensor | None, position_ids: Tensor | None, labels: Tensor | None
     ) -> tuple[Tensor, dict[int, Routing], int]:
-        """Hidden states, the routing of every layer, and how many tokens have a label."""
+        """Hidden states, the routing of every MoE layer, and the number of supervised tokens."""
         x = self.model.embed_tokens(input_ids)
         layout, supervised = self._layout(x, segment_ids, position_ids, labels)
         routings = {}
@@ -225,13 +226,13 @@ class HybridMoEForCausalLM(nn.Module):
         positions = positions_in_segments(segment_ids)
         turns = positions if position_ids is None else position_ids
         cos, sin = rotary_table(turns, self.settings.rotary_dim, self.settings.rope_theta, x.dtype)
-        if given is None and labels is None:  # there is nothing to count
+        if given is None and labels is None:  # no padding, no labels: nothing to synchronise for
             return Layout(segment_ids, cos, sin, None, None), 0
         is_token = segment_ids.flatten() != PADDING
         several = has_several_documents(segment_ids, PADDING)
         labelled = x.new_zeros((), dtype=torch.long) if labels is None else (labels != IGNORED).sum()
         facts = several, is_token.sum(), (positions == 0).sum(), positions.max() + 1, labelled
-        # The one host synchronisation, behind all that can be begun without it.
+        # The only host synchronisation of the layout, after all work that does not depend on it has been launched.
         packed, count, documents, longest, supervised = torch.stack(facts).tolist()
         isolation = self.isolate(Packing(segment_ids, documents, longest)) if packed else None
         tokens = torch.nonzero_static(is_token, size=count).squeeze(-1) if count < len(is_token) else None
@@ -239,15 +240,15 @@ class HybridMoEForCausalLM(nn.Module):
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Number format of a parameter when the weights have `dtype`: the decay rates of DeltaNet stay float32."""
+    """Dtype of a parameter in a model of dtype `dtype`: `DECAY_RATES` of DeltaNet are always float32."""
     return torch.float32 if name.endswith(DECAY_RATES) else dtype
 
 
 def initialise(model: HybridMoEForCausalLM, seed: int) -> None:
-    """Fill every parameter for training from scratch, the same values at any expert parallel size.
+    """Initialise every parameter for training from scratch; the values do not depend on the expert parallel size.
 
-    Matrices are normal with the config's standard deviation, norms the identity, dt_bias 1, A_log the log of a uniform
-    draw from (0.01, 16). Every tensor, and every expert in it, has a generator of its own.
+    Matrices are normal with standard deviation `initializer_range`, norms are the identity, dt_bias is 1, A_log is the
+    log of a uniform draw from (0.01, 16). Every tensor, and every expert of a stacked one, has its own generator.
 
     Source: `Qwen3NextPreTrainedModel._init_weights`, transformers 5.23.
     """

@@ -1,7 +1,7 @@
 """Mixture of experts: the router, the expert weights, and the block that joins them.
 
-Single-device mathematics. Where a row of work is done is decided by `MoE.exchange`, a function that sets rows off for
-their experts and hands out its own inverse; `parallel/experts.py` provides the one that crosses ranks.
+Single-device mathematics. `MoE.exchange` dispatches rows to their experts and returns its own inverse, which combines
+them; `distributed/expert_exchange.py` provides the one that crosses ranks.
 
 Source: `Qwen3NextSparseMoeBlock`, transformers 5.23.
 """
@@ -19,19 +19,19 @@ from finetune.model.layers import MLP, add_gated
 
 
 class Routing(NamedTuple):
-    """What the router decided for the tokens of a batch, padding left out."""
+    """The router's decisions for the tokens of a batch; padding is not included."""
 
     experts: Int[Tensor, "tokens top_k"]  # chosen expert ids, most probable first
-    weights: Float[Tensor, "tokens top_k"]  # share of each chosen expert in the output
-    rows: Int[Tensor, " experts"]  # how many tokens chose each expert
+    weights: Float[Tensor, "tokens top_k"]  # routing weight of each chosen expert
+    rows: Int[Tensor, " experts"]  # number of tokens that chose each expert
     probability_sum: Float[Tensor, " experts"]  # float64, router probabilities summed over the tokens, no gradient
     z_sum: Float[Tensor, ""]  # float64, squared log-sum-exp of the logits summed over the tokens, no gradient
-    # float32, before softmax, read by the router losses; None where none is in use, to save the memory
+    # float32, before softmax, input of the router losses; None if no loss uses them, to save memory
     logits: Float[Tensor, "tokens experts"] | None
 
 
 class Dispatched(NamedTuple):
-    """Token rows laid out for the experts of this device, and the way back."""
+    """Rows for the experts of this device, and the function that combines their outputs."""
 
     rows: Float[Tensor, "rows hidden"]  # sorted by local expert
     rows_per_expert: Int[Tensor, " local_experts"]
@@ -39,7 +39,7 @@ class Dispatched(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """Factors that adapt one matrix of every local expert: W_e stands for W_e + scale * B_e A_e."""
+    """Low-rank adapter of one matrix of every local expert: W_e becomes W_e + scale * B_e A_e."""
 
     a: Float[Tensor, "local_experts rank inputs"]
     b: Float[Tensor, "local_experts outputs rank"]
@@ -47,24 +47,24 @@ class LowRank(NamedTuple):
 
 
 class ExpertFactors(NamedTuple):
-    """What adapts the local experts."""
+    """Low-rank adapters of the local experts."""
 
     gate_up: LowRank
     down: LowRank
 
 
-# Sets rows off for their experts; what it returns waits until those for this device have arrived.
+# Starts the dispatch of rows to their experts; the returned function waits for the rows of this device.
 Exchange = Callable[[Tensor, Routing], Callable[[], Dispatched]]
-# Rows sorted by expert, rows per expert, the two stacked weights and their factors -> the experts' outputs.
+# (rows sorted by expert, rows per expert, gate_up, down, factors) -> outputs of the experts.
 ExpertCompute = Callable[[Tensor, Tensor, Tensor, Tensor, ExpertFactors | None], Tensor]
-# Tokens, their routing, the two stacked weights, their factors, and what is added to the experts' weighted sum.
+# (tokens, routing, gate_up, down, factors, addend) -> addend + weighted sum over the experts of each token.
 LocalCompute = Callable[[Tensor, Routing, Tensor, Tensor, ExpertFactors | None, Tensor], Tensor]
-# Tokens, the router's weight, top k, whether the shares are normalised.
+# (tokens, router weight, top k, whether to normalise the routing weights) -> routing.
 Route = Callable[[Tensor, Tensor, int, bool], Routing]
 
 
 def exchange_locally(x: Float[Tensor, "tokens hidden"], routing: Routing) -> Callable[[], Dispatched]:
-    """Every expert is on this device: sort rows by expert, and undo the sort."""
+    """Exchange for a device that holds every expert: sort rows by expert; combine by undoing the sort."""
     order = sort_by_expert(routing.experts)
     arrived = Dispatched(
         rows_of(x, order, routing.experts.shape[1]), routing.rows, lambda rows: combine(rows, order, routing.weights)
@@ -73,32 +73,32 @@ def exchange_locally(x: Float[Tensor, "tokens hidden"], routing: Routing) -> Cal
 
 
 def sort_by_expert(experts: Int[Tensor, "tokens top_k"]) -> Int[Tensor, " rows"]:
-    """Order of the flattened (token, choice) slots by expert."""
+    """Stable order of the flattened (token, choice) slots by expert."""
     return experts.flatten().argsort(stable=True)
 
 
 def rows_of(x: Float[Tensor, "tokens hidden"], order: Int[Tensor, " rows"], top_k: int) -> Float[Tensor, "rows hidden"]:
-    """A row for every slot, in this order of the slots."""
+    """The token row of every slot, in the given order of slots."""
     return _Rows.apply(x, order, inverse(order), top_k)
 
 
 def permuted(rows: Float[Tensor, "rows hidden"], order: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
-    """Rows in this order."""
+    """rows[order]."""
     return _Permuted.apply(rows, order, inverse(order))
 
 
 def put_back(rows: Float[Tensor, "rows hidden"], order: Int[Tensor, " rows"]) -> Float[Tensor, "rows hidden"]:
-    """What `permuted` undoes."""
+    """The inverse of `permuted`."""
     return _Permuted.apply(rows, inverse(order), order)
 
 
 def inverse(order: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """Where each row of this order came to lie."""
+    """The inverse permutation of `order`."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 class _Permuted(torch.autograd.Function):
-    """rows[there]. As `index` it would add up a gradient that has nothing to add up, one number after the other."""
+    """rows[there] for a permutation. Its gradient is a gather; that of indexing is a slow scatter-add."""
 
     @staticmethod
     def forward(ctx, rows, there, back):  # type: ignore[no-untyped-def]
@@ -111,7 +111,7 @@ class _Permuted(torch.autograd.Function):
 
 
 class _Rows(torch.autograd.Function):
-    """x[order // top_k], whose gradient is a sum over each token's rows, always in the same order."""
+    """x[order // top_k]. The gradient sums each token's rows in a fixed order, so it is deterministic."""
 
     @staticmethod
     def forward(ctx, x, order, back, top_k):  # type: ignore[no-untyped-def]
@@ -129,7 +129,7 @@ class _Rows(torch.autograd.Function):
 def combine(
     rows: Float[Tensor, "rows hidden"], order: Int[Tensor, " rows"], weights: Float[Tensor, "tokens top_k"]
 ) -> Float[Tensor, "tokens hidden"]:
-    """Put sorted rows back in their slots and take each token's weighted sum."""
+    """Undo the sort by expert and sum each token's rows, weighted by the routing weights."""
     slots = put_back(rows, order).view(*weights.shape, rows.shape[-1])
     return (slots * weights.unsqueeze(-1)).sum(1)
 
@@ -143,10 +143,10 @@ def experts_in_a_loop(
 ) -> Float[Tensor, "rows hidden"]:
     """down_e(silu(gate_e x) * up_e x) for rows sorted by expert, one expert after the other. The definition.
 
-    Every expert is touched, rows or none, so that every rank builds the same graph. One host synchronisation.
+    Every expert is computed, even without rows, so that every rank builds the same graph. One host synchronisation.
 
     Args:
-        factors: of the adapted experts, whose products W_e x become W_e x + scale * B_e (A_e x).
+        factors: low-rank adapters; each product W_e x becomes W_e x + scale * B_e (A_e x).
     """
 
     def product(x: Tensor, expert: int, weight: Tensor, low_rank: LowRank | None) -> Tensor:
@@ -166,10 +166,10 @@ def experts_in_a_loop(
 def route(
     x: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "experts hidden"], top_k: int, normalise: bool
 ) -> Routing:
-    """Softmax over all experts, then the top k, renormalised to sum to 1 where the model says so; in float32.
+    """Softmax over all experts, then the top k, renormalised to sum to 1 if `normalise`; in float32. The definition.
 
-    The released model computes the logits in its own dtype; float32 avoids the ties that bfloat16 makes at the edge of
-    the top k, and makes recompute choose the same experts.
+    The released model computes the logits in its own dtype. float32 avoids the ties that bfloat16 causes around the
+    k-th expert, and makes recompute choose the same experts.
     """
     logits = F.linear(x.float(), weight.float())
     probabilities = logits.softmax(-1)
@@ -180,7 +180,7 @@ def route(
     return Routing(
         experts,
         weights.to(x.dtype),
-        # Not bincount, which waits for a GPU to learn the largest value.
+        # Not bincount, which synchronises with the GPU to find the largest value.
         rows=chosen.new_zeros(logits.shape[-1]).scatter_add_(0, chosen, torch.ones_like(chosen)),
         probability_sum=probabilities.detach().sum(0, dtype=torch.float64),
         z_sum=logits.detach().logsumexp(-1).square().sum(dtype=torch.float64),
@@ -189,7 +189,7 @@ def route(
 
 
 class Router(nn.Module):
-    """The weights that choose experts; `compute` is the definition or a kernel equal to it."""
+    """The router of one layer; `compute` is `route` or an equivalent kernel."""
 
     def __init__(self, hidden: int, experts: int, top_k: int, normalise: bool):
         super().__init__()
@@ -202,10 +202,10 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Gated MLPs of the local experts, stacked in two tensors; `compute` is the definition or a kernel equal to it.
+    """Gated MLPs of the local experts, stacked in two tensors.
 
-    `adapt` adds low-rank factors under the names of the two tensors, `lora_A.gate_up_proj` and so on; the tensors
-    themselves stay as they are.
+    `compute` is `experts_in_a_loop` or an equivalent kernel. `adapt` adds low-rank factors named after the two tensors
+    (`lora_A.gate_up_proj` and so on); the tensors themselves do not change.
     """
 
     def __init__(self, hidden: int, width: int, local_experts: int):
@@ -218,7 +218,7 @@ class Experts(nn.Module):
         self.lora_on = True
 
     def adapt(self, rank: int, scale: float) -> None:
-        """Add factors of this rank, all zero, in the dtype and on the device of the weights."""
+        """Add zero-filled low-rank factors of this rank, in the dtype and on the device of the weights."""
         self.lora_scale = scale
         for name in ("gate_up_proj", "down_proj"):
             weight = self.get_parameter(name)
@@ -232,7 +232,7 @@ class Experts(nn.Module):
         return self.compute(rows, rows_per_expert, self.gate_up_proj, self.down_proj, self.factors())
 
     def factors(self) -> ExpertFactors | None:
-        """What adapts the experts now; None without adapters, or while they are switched off."""
+        """The active adapters; None without adapters, or while they are switched off."""
         if not self.lora_on or not self.lora_A:
             return None
         a, b, scale = self.lora_A, self.lora_B, self.lora_scale
@@ -244,7 +244,7 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Routed experts plus one shared expert behind a sigmoid gate.
 
-    Where all experts are on this device, `whole` may be a kernel that sorts, computes and combines in one.
+    If this device holds all experts, `whole` may be a kernel that sorts, computes and combines.
     """
 
     def __init__(self, config: ModelConfig, local_experts: int):
@@ -256,7 +256,7 @@ class MoE(nn.Module):
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
         self.exchange: Exchange = exchange_locally
         self.whole: LocalCompute | None = None
-        self.add_gated: Callable[..., Tensor] = add_gated  # the definition, or a kernel equal to it
+        self.add_gated: Callable[..., Tensor] = add_gated  # the definition, or an equivalent kernel
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> tuple[Float[Tensor, "tokens hidden"], Routing]:
         routing = self.gate(x)
@@ -264,8 +264,8 @@ class MoE(nn.Module):
             gate_up, down, factors = self.experts.gate_up_proj, self.experts.down_proj, self.experts.factors()
             return self.whole(x, routing, gate_up, down, factors, self._shared(x)), routing
         arrive = self.exchange(x, routing)
-        # While rows travel; autograd goes back in the opposite order, so that in the backward pass too this is computed
-        # while their gradients do.
+        # The shared expert overlaps with the dispatch of rows; in the backward pass, its gradient overlaps with the
+        # transfer of theirs.
         shared = self._shared(x)
         rows, rows_per_expert, restore = arrive()
         return restore(self.experts(rows, rows_per_expert)) + shared, routing
