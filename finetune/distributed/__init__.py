@@ -1,1 +1,1 @@
-"""The ranks of a run and what they send each other."""
+"""The ranks of a run, their process groups and collectives, and the expert exchange."""

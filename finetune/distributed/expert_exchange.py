@@ -1,8 +1,10 @@
-"""Expert parallelism: `exchange_locally` across the ranks of one process group, and which parameters it concerns.
+"""Expert parallelism: dispatch and combine across the ranks of one process group, and which parameters it concerns.
 
-Rank r of the group holds experts [r * n, (r + 1) * n). Rows travel to their expert's rank and back in two all-to-alls
-whose sizes a third, of a few numbers, sends ahead. All are asynchronous: what is computed between the start of one and
-the wait for it overlaps with the transfer, in the forward pass and in the backward pass.
+Rank r of the group holds experts [r * n, (r + 1) * n). Rows are dispatched and combined by two all-to-alls; a small
+third one, sent first, exchanges their sizes. All are asynchronous: computation between the start of one and the wait
+for it overlaps with the transfer, in the forward and the backward pass.
+
+Definition: `finetune.model.moe.exchange_locally`.
 """
 
 from collections.abc import Callable
@@ -18,28 +20,29 @@ from finetune.model.moe import Dispatched, MoE, Routing, combine, permuted, put_
 
 
 def attach(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Make every MoE block of `model` exchange rows over `group`."""
+    """Set the exchange of every MoE block of `model` to that over `group`."""
     for block in model.modules():
         if isinstance(block, MoE):
             block.exchange = partial(exchange_over, group)
 
 
 def is_expert_parameter(name: str) -> bool:
-    """Whether this parameter is different on every expert rank: the stacked experts, or factors that adapt them."""
+    """Whether this parameter is partitioned over expert ranks: the stacked experts and their adapters."""
     return ".mlp.experts." in name
 
 
 def is_marked(parameter: Tensor) -> bool:
-    """Whether `engine.mark_experts` has told DeepSpeed that this parameter is an expert rank's own."""
+    """Whether `engine.mark_experts` has marked this parameter as partitioned, for DeepSpeed."""
     return not getattr(parameter, "allreduce", True)
 
 
 def exchange_over(
     group: dist.ProcessGroup, x: Float[Tensor, "tokens hidden"], routing: Routing
 ) -> Callable[[], Dispatched]:
-    """Rows to the ranks of their experts, and back. Three all-to-alls (counts, rows, results), one host wait.
+    """Dispatch rows to the ranks of their experts. One host synchronisation, for the counts. Collective.
 
-    Returns when the rows are under way; the wait for them is in what it returns.
+    Returns:
+        A function that waits for the rows of this rank. Call its result's `restore` to combine the outputs.
     """
     sent = routing.rows.view(group.size(), -1)  # (ranks, local experts)
     received = torch.empty_like(sent)
@@ -47,11 +50,11 @@ def exchange_over(
     order = sort_by_expert(routing.experts)
     leaving = rows_of(x, order, routing.experts.shape[1])
     counting.wait()
-    outward, inward = torch.stack((sent.sum(1), received.sum(1))).tolist()  # the one host synchronisation of the layer
+    outward, inward = torch.stack((sent.sum(1), received.sum(1))).tolist()  # the only host synchronisation
 
     way_there, way_back = _Way(group, outward, inward), _Way(group, inward, outward)
     ticket = _Depart.apply(leaving, way_there)
-    # Rows arrive grouped by the rank that sent them; the experts want them grouped by expert.
+    # Received rows are grouped by source rank; the experts require them grouped by expert.
     local_expert = (
         torch.arange(sent.shape[1], device=x.device)
         .repeat(group.size())
@@ -71,23 +74,23 @@ def exchange_over(
 
 
 class _Way:
-    """An all-to-all of rows in two moves, start and finish, and its reverse; one at a time is under way."""
+    """An asynchronous all-to-all of rows, with a start and a finish, and its reverse; at most one is in flight."""
 
     def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int]):
         self.group, self.send, self.receive = group, send, receive
         self._under_way: tuple[dist.Work, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor, *, reverse: bool = False) -> None:
-        """Set `send[r]` rows off to each rank r; in reverse, `receive[r]`."""
+        """Start sending `send[r]` rows to each rank r; in reverse, `receive[r]` rows."""
         assert self._under_way is None, "rows are under way already"
         send, receive = (self.receive, self.send) if reverse else (self.send, self.receive)
         rows = rows.contiguous()
         out = rows.new_empty(sum(receive), rows.shape[1])
         work = dist.all_to_all_single(out, rows, receive, send, group=self.group, async_op=True)
-        self._under_way = work, out, rows  # what is sent must live until it has left
+        self._under_way = work, out, rows  # keeps the send buffer alive
 
     def finish(self) -> Tensor:
-        """The rows received, once they are here. A GPU's stream waits, its host does not."""
+        """Wait for the transfer and return the received rows. On a GPU the stream waits, not the host."""
         assert self._under_way is not None, "no rows are under way"
         work, out, _ = self._under_way
         work.wait()
@@ -96,7 +99,7 @@ class _Way:
 
 
 class _Depart(torch.autograd.Function):
-    """Start of a way; its backward is the end of the gradient's. Gives an empty ticket, since there are no rows yet."""
+    """Starts the all-to-all; the backward finishes that of the gradient. Returns an empty tensor, for autograd only."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, way: _Way) -> Tensor:
@@ -111,7 +114,7 @@ class _Depart(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """End of a way; its backward is the start of the gradient's."""
+    """Finishes the all-to-all; the backward starts that of the gradient."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, ticket: Tensor, way: _Way) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ranks of a run: who I am, which device, which groups, and the few collectives that the trainer needs."""
+"""The ranks of a run: rank and device of this process, process groups, and the collectives that the trainer needs."""
 
 import os
 import socket
@@ -18,27 +18,27 @@ from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
-# Of every collective once the watch over the ranks has begun: longer than a rank may wait for one that makes progress,
-# such as rank 0, which tokenises for hours. The watch finds what hangs (finetune/run/watchdog.py).
+# Timeout of collectives once the watchdog runs. Long, because ranks may wait for one that makes progress: rank 0 may
+# tokenise for hours. The watchdog detects hangs (finetune/run/watchdog.py).
 TIMEOUT = timedelta(days=7)
-UNWATCHED_TIMEOUT = timedelta(minutes=70)  # before that
-MEETING = timedelta(minutes=10)  # hosts of a cluster start minutes apart; none comes after that
+UNWATCHED_TIMEOUT = timedelta(minutes=70)  # before the watchdog runs
+MEETING = timedelta(minutes=10)  # for all ranks to connect; hosts of a cluster may start minutes apart
 
 
 class MeetingError(ValueError):
-    """Ranks that were started and do not come together."""
+    """The ranks cannot form a process group."""
 
 
 class RankError(ValueError):
-    """A mistake of the user that some rank found; the same message is raised on every rank."""
+    """A user error that at least one rank found, raised with the same message on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Place of this process among the ranks of the run. Every rank has data of its own, so all of them are data ranks.
+    """Rank, device and groups of this process. Every rank has its own data, so all ranks are data parallel.
 
-    Expert ranks are consecutive: ranks 0..E-1 share one copy of the experts, E..2E-1 the next. `expert_data_rank`
-    says which copy this rank belongs to.
+    Expert ranks are consecutive: for expert parallel size E, ranks 0..E-1 hold one copy of the experts, E..2E-1 the
+    next. `expert_data_rank` is the index of this rank's copy.
     """
 
     rank: int
@@ -55,31 +55,31 @@ class World:
 
     @property
     def leads_host(self) -> bool:
-        """Whether this is the first rank of its host, which does for the others what one process can do."""
+        """Whether this is the first rank of its host, which does the work needed once per host."""
         return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
     def experts(self, num_experts: int) -> range:
-        """Ids of the experts that this rank holds."""
+        """Ids of the experts of this rank."""
         each = num_experts // self.expert_size
         return range(self.expert_rank * each, (self.expert_rank + 1) * each)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Replace `value` by its sum over all ranks. Communicates."""
+        """Replace `value` by its sum over all ranks, in place. Collective."""
         dist.all_reduce(value)
         return value
 
     def barrier(self) -> None:
-        """Wait for every rank. Communicates."""
+        """Wait for every rank. Collective."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def gather(self, value: object) -> list[object]:
-        """Everyone's `value`, by rank. Pickles and communicates: for small things at start and end."""
+        """The `value` of every rank, by rank. Collective. Pickles, so meant for small objects at start and end."""
         everyone: list[object] = [None] * self.size
         dist.all_gather_object(everyone, value)
         return everyone
 
     def free_memory(self) -> int:
-        """Bytes that the fullest rank can still take: of its GPU, or its share of the host's memory. Communicates."""
+        """Minimum over ranks of free bytes: of the GPU, or an equal share of the host's memory. Collective."""
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         else:
@@ -90,10 +90,16 @@ class World:
 
     @contextmanager
     def together(self, *errors: type[ValueError]) -> Iterator[None]:
-        """Turn a user's mistake that any rank finds inside the block into the same error on every rank.
+        """Raise a user error of any rank inside the block on every rank. Collective.
 
-        Without this the ranks that found nothing would wait in the next collective for one that has already left.
-        The block itself may not communicate.
+        Otherwise ranks without the error would wait in the next collective for one that has exited. The block itself
+        must not communicate.
+
+        Args:
+            errors: exception types that count as user errors.
+
+        Raises:
+            RankError: the message of the first rank that raised one of `errors`.
         """
         found: ValueError | None = None
         try:
@@ -106,18 +112,21 @@ class World:
 
 
 def read_rank() -> tuple[int, int]:
-    """Rank and number of ranks that the launcher gave this process; 0 of 1 when it was started by hand."""
+    """Rank and world size as set by the launcher; (0, 1) without a launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start(expert_size: int) -> World:
     """Join the other ranks and build the expert groups. Collective.
 
-    On a CPU DeepSpeed would compile an inference-only operation here, for two minutes or, without a compiler, into an
-    error; it is switched off before the start.
+    On a CPU, DeepSpeed would compile an inference-only operation here. That takes two minutes, and fails without a
+    compiler, so the operation is disabled first.
+
+    Args:
+        expert_size: expert parallel size, the number of ranks that hold one copy of the experts.
 
     Raises:
-        MeetingError: the other ranks do not come, or this host has fewer GPUs than ranks.
+        MeetingError: the ranks cannot connect, or this host has fewer GPUs than ranks.
     """
     rank, size = read_rank()
     if "RANK" not in os.environ:
@@ -147,20 +156,20 @@ def start(expert_size: int) -> World:
 
 
 def set_timeouts(timeout: timedelta = TIMEOUT) -> None:
-    """Give every group of this rank this timeout; DeepSpeed makes them with torch's, 10 minutes under NCCL."""
+    """Set the timeout of every process group; DeepSpeed creates groups with torch's default, 10 minutes under NCCL."""
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(timeout, group)
 
 
 def _device() -> torch.device:
-    """The CPU, or this rank's GPU, which becomes the current one."""
+    """The device of this rank: the CPU, or its GPU, which is set as the current one."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
     index, visible = int(os.environ["LOCAL_RANK"]), accelerator.device_count()
     here = int(os.environ.get("LOCAL_SIZE", index + 1))
     if visible == 1 and "SLURM_LOCALID" in os.environ:
-        index, here = 0, 1  # --gpus-per-task: each task sees its own GPU and no other
+        index, here = 0, 1  # --gpus-per-task: each task sees only its own GPU
     if here > visible:
         raise MeetingError(
             f"{here} ranks on {socket.gethostname()}, which has {visible} GPU(s); start one for each: slots= in the"
@@ -171,7 +180,7 @@ def _device() -> torch.device:
 
 
 def _meet(rank: int, size: int) -> None:
-    """Join the other ranks at `MASTER_ADDR`, where they may arrive minutes apart."""
+    """Initialise the process group at `MASTER_ADDR`; ranks may connect minutes apart."""
     backend = get_accelerator().communication_backend_name()
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=MEETING))
@@ -187,10 +196,10 @@ def _meet(rank: int, size: int) -> None:
 
 
 def _choose_interface() -> None:
-    """Let gloo use the network on which rank 0 is found, unless GLOO_SOCKET_IFNAME says which.
+    """Set GLOO_SOCKET_IFNAME, unless it is set, to the network interface with the route to rank 0.
 
-    By default it takes the one that this host's own name belongs to, which is often the loopback; two hosts then wait
-    for each other in vain.
+    By default gloo uses the interface of this host's own name. That is often the loopback, and then ranks on two hosts
+    never connect.
     """
     if "GLOO_SOCKET_IFNAME" in os.environ or int(os.environ.get("CROSS_SIZE", "1")) == 1:
         return
@@ -208,6 +217,6 @@ def group_name(expert_size: int) -> str:
 
 
 def stop() -> None:
-    """Leave the other ranks in order."""
+    """Destroy the process groups, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()

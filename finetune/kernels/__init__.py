@@ -1,1 +1,1 @@
-"""Fast forms of definitions in `finetune/model`, same signatures; chosen once at start and reported."""
+"""Fast forms of the definitions in `finetune/model`, with the same signatures; chosen once at start and reported."""

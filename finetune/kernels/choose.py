@@ -1,8 +1,8 @@
-"""Which form of each computation a run uses: chosen once at start, tried on this device, and said aloud.
+"""Choice of the form of each computation: made once at start, after a trial on this device, and reported.
 
-A fast form serves only if it runs here, forward and backward, at the model's own widths and dtype, and agrees there
-with its definition (`trial.py`). What was chosen is put into the modules of `model/` as attributes, in place of the
-definition that they start with.
+A fast form is used only if it runs on this device, forward and backward, at the model's widths and dtype, and agrees
+with its definition (`trial.py`). The modules of `model/` hold their definitions as attributes; `install` replaces them
+by the chosen forms.
 """
 
 from collections.abc import Callable
@@ -40,11 +40,11 @@ Forms = TypeVar("Forms", "Layers", "Mixers")
 
 
 class KernelError(ValueError):
-    """A kernel that the recipe asks for by name cannot run on this device and dtype, or is wrong there."""
+    """A kernel that the recipe requires by name does not run on this device and dtype, or is wrong there."""
 
 
 class Layers(NamedTuple):
-    """Norms, router, shared expert and loss."""
+    """Forms of norms, router, shared expert and loss; the definitions by default."""
 
     norm: Callable[..., Tensor] = rms_norm
     add_and_norm: Callable[..., tuple[Tensor, Tensor]] = residual_norm
@@ -55,7 +55,7 @@ class Layers(NamedTuple):
 
 
 class Mixers(NamedTuple):
-    """DeltaNet and attention between their projections."""
+    """Forms of DeltaNet and attention between their projections; the definitions by default."""
 
     prepare_delta: Prepare = deltanet.prepare
     rule: Callable[..., Tensor] = chunked_gated_delta_rule
@@ -71,28 +71,29 @@ CPU_MIXERS = Mixers(prepare_delta=prepare_cpu, rule=gated_delta_rule_by_products
 
 @dataclass
 class Kernels:
-    """The chosen form of every computation that has several; the definitions by default."""
+    """The chosen form of every computation that has several forms; the definitions by default."""
 
     experts: ExpertCompute = experts_in_a_loop
-    whole: LocalCompute | None = None  # experts between sort and sum, where one device holds all of them
+    whole: LocalCompute | None = None  # sort, experts and weighted sum, if one device holds all experts
     layers: Layers = field(default_factory=Layers)
     mixers: Mixers = field(default_factory=Mixers)
-    names: dict[str, str] = field(default_factory=dict)  # what was chosen, in the recipe's words
-    said: list[str] = field(default_factory=list)  # and why, a sentence each
+    names: dict[str, str] = field(default_factory=dict)  # the chosen forms, as the recipe names them
+    said: list[str] = field(default_factory=list)  # each choice and its reason, one sentence each
 
 
 def choose(
     *, experts: str, layers: str, mixers: str, place: Place, progress: Callable[[], None] = lambda: None
 ) -> Kernels:
-    """The fastest forms that the recipe allows and that are right here.
+    """Choose the fastest forms that the recipe allows and that pass their trial on this device.
 
     Args:
-        experts: auto, fused, grouped or loop, as `kernels.experts` of the recipe says.
-        layers: auto, fused or plain, as `kernels.layers` says; and so `mixers`.
+        experts: auto, fused, grouped or loop (`kernels.experts` of the recipe).
+        layers: auto, fused or plain (`kernels.layers`).
+        mixers: auto, fused or plain (`kernels.mixers`).
         progress: called after each trial.
 
     Raises:
-        KernelError: a form was asked for by name and does not run here, or disagrees with its definition.
+        KernelError: the recipe names a form that does not run here or disagrees with its definition.
     """
     kernels = Kernels()
     kernels.names["experts"] = _choose_experts(experts, place, kernels)
@@ -105,7 +106,7 @@ def choose(
 
 
 def install(model: HybridMoEForCausalLM, kernels: Kernels) -> None:
-    """Make every module of the model compute by the chosen forms."""
+    """Set the chosen forms in every module of the model."""
     layers, mixers = kernels.layers, kernels.mixers
     local = len(model.local_experts) == model.settings.num_experts
     model.loss, model.isolate = layers.loss, mixers.isolate
@@ -132,7 +133,7 @@ def install(model: HybridMoEForCausalLM, kernels: Kernels) -> None:
 
 
 def _choose_experts(kind: str, place: Place, kernels: Kernels) -> str:
-    """Fused kernels on a GPU; elsewhere torch's grouped product; the loop only where nothing else runs."""
+    """Under `auto`: fused kernels on a GPU, otherwise torch's grouped product, and the loop if neither runs."""
     if kind == "loop":
         kernels.said.append("experts: loop (the definition), as the recipe asks")
         return kind
@@ -174,7 +175,7 @@ def _chosen(
     place: Place,
     kernels: Kernels,
 ) -> Forms:
-    """Triton on a GPU, the forms for a CPU on a CPU, the definitions elsewhere, unless the recipe says otherwise."""
+    """Under `auto`: Triton on a GPU, the CPU forms on a CPU, the definitions on other devices."""
     said, kernels.names[name] = kernels.said, "plain"
     form = {"cuda": "fused", "cpu": "cpu"}.get(place.device.type, "") if kind == "auto" else kind
     if form not in fast:
@@ -191,7 +192,7 @@ def _chosen(
         said.append(f"{name}: SLOW plain torch (the definitions); {words}: does not serve here, {_words(fault)}")
         return plain
     said.append(f"{name}: {words}, {place}, {_within(error)}")
-    kernels.names[name] = "fused" if form == "fused" else "auto"  # of which the plan knows what it is on a CPU
+    kernels.names[name] = "fused" if form == "fused" else "auto"  # the plan knows what auto means on a CPU
     return forms
 
 
@@ -221,7 +222,7 @@ def _fused_mixers(place: Place) -> tuple[Mixers, float]:
         prepare_attention=prepare_fused,
         gate_output=gate_output_fused,
     )
-    if place.device.type == "cuda" and place.dtype == torch.bfloat16:  # flash attention knows no float32
+    if place.device.type == "cuda" and place.dtype == torch.bfloat16:  # flash attention does not support float32
         forms = forms._replace(attend_packed=attend_documents, isolate=document_starts)
     return forms, trial.mixers(forms, Mixers(), place)
 
@@ -230,8 +231,8 @@ def _cpu_mixers(place: Place) -> tuple[Mixers, float]:
     return CPU_MIXERS, trial.mixers(CPU_MIXERS, Mixers(), place)
 
 
-# What keeps a kernel from serving: it cannot be imported, compiled or launched (Triton's errors among them), or it
-# gives something else than its definition.
+# Errors after which another form is tried: the kernel cannot be imported, compiled or launched (Triton's errors
+# included), or its results differ from the definition.
 FAULTS = (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)
 
 

@@ -1,6 +1,6 @@
-"""Trials of fast forms at start: each is run beside its definition on this device, at the model's own widths.
+"""Trials of fast forms at start: each is compared with its definition on this device, at the model's widths.
 
-What a compiler gets wrong on one kind of card, or a library in one version, is found here before a step is taken.
+They find errors of a compiler on one type of GPU, or of one version of a library, before the first step.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,19 +17,19 @@ from finetune.model.deltanet import Heads, l2_normalize
 from finetune.model.layers import positions_in_segments, rotary_table
 from finetune.model.moe import ExpertCompute, ExpertFactors, LowRank, Routing, exchange_locally, experts_in_a_loop
 
-# Largest relative error (norm of the difference over norm) at which a fast form still is its definition. bfloat16 keeps
-# 8 bits, so one rounding is 2^-9, and the longest chain of roundings here is about five; float32 sums in another order.
+# Largest accepted relative error (norm of the difference over norm of the definition's result). bfloat16 keeps 8 bits,
+# so one rounding is up to 2^-9, and the longest chain has about five; in float32 the order of summation differs.
 AGREES = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float64: 1e-10}
-ROWS = 130  # more than one tile, and no multiple of one
+ROWS = 130  # more than one tile, and not a multiple of one
 
 
 class DisagreementError(ValueError):
-    """A fast form gives something else than its definition."""
+    """The result of a fast form differs from that of its definition."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where kernels have to run: the model's widths, the device, the dtype of the weights."""
+    """Conditions that kernels must support: the model's widths, the device, the dtype of the weights."""
 
     config: ModelConfig
     device: torch.device
@@ -39,20 +39,20 @@ class Place:
         return f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
 
     def random(self, *shape: int) -> Tensor:
-        """Normal numbers, the same in every call sequence and on every rank, that a gradient is wanted of."""
+        """Standard normal leaf tensor that requires a gradient; the values depend on the shape alone."""
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
         return drawn.to(self.device, self.dtype).requires_grad_()
 
     def weight(self, *shape: int) -> Tensor:
-        """Normal numbers that keep the size of what they multiply."""
+        """Like `random`, with variance 1 / shape[-1], so that a product keeps the scale of its input."""
         return (self.random(*shape).detach() * shape[-1] ** -0.5).requires_grad_()
 
 
 def compare(fast: Callable[..., Any], definition: Callable[..., Any], inputs: Sequence[Tensor], place: Place) -> float:
-    """Run both on the same inputs; the largest relative error of outputs and of gradients.
+    """Run both on the same inputs; return the largest relative error of the outputs and gradients.
 
     Raises:
-        DisagreementError: one of them is further from the definition than rounding explains.
+        DisagreementError: a shape differs, or an error is larger than `AGREES` of the dtype, or NaN.
     """
     worst = 0.0
     for name, found, expected in _outputs_and_gradients(fast, definition, inputs):
@@ -60,7 +60,7 @@ def compare(fast: Callable[..., Any], definition: Callable[..., Any], inputs: Se
             raise DisagreementError(f"{name} has shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
         size = float(expected.double().norm()) or 1.0
         error = float((found.double() - expected.double()).norm()) / size
-        if not error <= AGREES[place.dtype]:  # NaN is no agreement
+        if not error <= AGREES[place.dtype]:  # also true of NaN
             raise DisagreementError(f"{name} is {error:.1e} away from its definition")
         worst = max(worst, error)
     return worst
@@ -86,7 +86,7 @@ def _outputs_and_gradients(
 
 
 def experts(compute: ExpertCompute, place: Place) -> float:
-    """Three experts, one of them without rows, with adapters of rank 1."""
+    """Relative error for three experts, one of them without rows, with adapters of rank 1."""
     hidden, width = place.config.hidden_size, place.config.moe_intermediate_size
     counts = torch.tensor([ROWS - 1, 0, 1], device=place.device)
     a1, b1 = place.weight(3, 1, hidden), place.random(3, 2 * width, 1)
@@ -104,7 +104,7 @@ def experts(compute: ExpertCompute, place: Place) -> float:
 
 
 def whole(compute: Callable[..., Tensor], place: Place) -> float:
-    """Sort, three experts and weighted sum; each token chooses two."""
+    """Relative error of sort, three experts and weighted sum; each token chooses two."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(ROWS, 3, generator=generator).argsort(1)[:, :2].to(place.device)
     none = torch.empty(0, device=place.device)
@@ -129,15 +129,15 @@ def _stacks(place: Place) -> list[Tensor]:
 
 
 def layers(fast: Any, plain: Any, place: Place) -> float:
-    """Norms, router, shared expert and loss; the largest relative error of all."""
+    """Largest relative error of norms, router, shared expert and loss (two `choose.Layers`)."""
     config = place.config
     hidden, eps = config.hidden_size, config.rms_norm_eps
     x, delta, weight = place.random(ROWS, hidden), place.random(ROWS, hidden), place.random(hidden)
     labels = torch.arange(ROWS, device=place.device).view(1, -1)
     labels = torch.where(labels % 3 == 0, -100, labels)
     top_k, normalise = config.num_experts_per_tok, config.norm_topk_prob
-    router = place.random(config.num_experts, hidden)  # so large that no rounding changes the choice of experts
-    head = place.weight(1000, hidden)  # a vocabulary that no tile divides
+    router = place.random(config.num_experts, hidden)  # large enough that rounding does not change the chosen experts
+    head = place.weight(1000, hidden)  # a vocabulary that is not a multiple of a tile
     return max(
         compare(*_both(fast.norm, plain.norm, eps), [x, weight], place),
         compare(*_both(fast.add_and_norm, plain.add_and_norm, eps), [x, delta, weight], place),
@@ -152,7 +152,7 @@ def layers(fast: Any, plain: Any, place: Place) -> float:
 
 
 def mixers(fast: Any, plain: Any, place: Place) -> float:
-    """What lies between the projections of DeltaNet and attention, two documents; the largest relative error of all."""
+    """Largest relative error of DeltaNet and attention (two `choose.Mixers`), on two documents."""
     segments = torch.arange(ROWS, device=place.device).view(1, -1) // (ROWS - 50)
     return max(_deltanet(fast, plain, place, segments), _attention(fast, plain, place, segments))
 
@@ -215,5 +215,5 @@ def _attention(fast: Any, plain: Any, place: Place, segments: Tensor) -> float:
 def _both(
     fast: Callable[..., Any], plain: Callable[..., Any], *rest: Any
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both forms as functions of the tensors alone, with `rest` behind them."""
+    """Both forms with `rest` bound as their last arguments."""
     return (lambda *inputs: fast(*inputs, *rest)), (lambda *inputs: plain(*inputs, *rest))

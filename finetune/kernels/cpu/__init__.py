@@ -1,1 +1,1 @@
-"""Forms for a CPU with backward passes of their own, in plain torch."""
+"""Fast forms for a CPU, in plain torch with hand-written backward passes."""

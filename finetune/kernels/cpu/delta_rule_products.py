@@ -1,17 +1,18 @@
-"""The chunked gated delta rule as batched matrix products with a backward pass of its own; for a CPU.
+"""The chunked gated delta rule as batched matrix products with a hand-written backward pass; for a CPU.
 
-Plain torch. Definition: `recurrent_gated_delta_rule` in `model/delta_rule.py`; the chunks and masks are those of
-`chunked_gated_delta_rule` there. Of the keys k, queries q (scaled), values v, writes b and decays M_ij = a_{j+1..i},
-with R_ij = M_ij (k_i . k_j) b_j below the diagonal, s the decay since the document's start and e that until its end:
+Plain torch. Definition: `recurrent_gated_delta_rule` in `model/delta_rule.py`. The chunks and masks are those of
+`chunked_gated_delta_rule` there. For keys k, scaled queries q, values v, writes b and decays M_ij = a_{j+1..i}, with
+R_ij = M_ij (k_i . k_j) b_j below the diagonal, s the decay of the incoming state up to a token, and e the decay from a
+token to the end of the chunk:
 
     (I + R) r = v - s (k S),   out = s (q S) + (M q k^T) (b r),   S' = survives S + k^T (e b r)
 
-The system is scaled by its columns, so that r is what a write of one would write: no gradient divides by b. The decays'
-gradients need no product of their own: out and r are linear in what a token's decays multiply, so that
+The columns of the system are scaled by b, so r is the correction before the write strength, and no gradient divides by
+b. The gradients of the decays need no further matrix product, because out and r are linear in the decayed terms:
 
-    d total_i = out_i . d out_i + (r_i - v_i) . d v_i - b_i d b_i,   and of a chunk's last token also S' . d S'
+    d total_i = out_i . d out_i + (r_i - v_i) . d v_i - b_i d b_i,   plus S' . d S' for the last token of a chunk
 
-Numbers of one sequence never depend on what else is in the batch, and documents are apart to the last bit.
+The results of a sequence do not depend on the rest of the batch. Documents are isolated bit for bit.
 
 Source: arXiv 2412.06464, section 3.3; the scaling and the gradients are ours.
 """
@@ -23,17 +24,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-DIRECT = 16  # rows of a triangular block that is inverted by substitution
+DIRECT = 16  # rows of the triangular blocks that are inverted by substitution
 
 
 class Decays(NamedTuple):
-    """How much survives, by chunk; heads are value heads of all sequences."""
+    """Decay factors by chunk; `heads` are the value heads of all sequences."""
 
-    between: Float[Tensor, "chunks heads chunk chunk"]  # from a token to a later one, or itself; 0 across documents
-    since_start: Float[Tensor, "chunks heads chunk 1"]  # of the incoming state; 0 for another document than that
-    until_end: Float[Tensor, "chunks heads chunk 1"]  # of a token in the outgoing state
-    survives: Float[Tensor, "chunks heads 1 1"]  # of the incoming state in the outgoing one
-    reaches: Bool[Tensor, "chunks batch chunk chunk"]  # earlier token or the same, of one document
+    between: Float[Tensor, "chunks heads chunk chunk"]  # from a token (column) to itself or a later one (row); else 0
+    since_start: Float[Tensor, "chunks heads chunk 1"]  # of the incoming state up to a token; 0 in other documents
+    until_end: Float[Tensor, "chunks heads chunk 1"]  # from a token to the outgoing state; 0 in other documents
+    survives: Float[Tensor, "chunks heads 1 1"]  # from the incoming to the outgoing state
+    reaches: Bool[Tensor, "chunks batch chunk chunk"]  # same document, and column not after row
 
 
 def gated_delta_rule_by_products(
@@ -46,7 +47,7 @@ def gated_delta_rule_by_products(
     segment_ids: Int[Tensor, "batch time"],
     chunk_tokens: int = 64,
 ) -> Float[Tensor, "batch time value_heads value"]:
-    """`chunked_gated_delta_rule`, in float32 as it is.
+    """Equivalent of `chunked_gated_delta_rule`, in float32.
 
     Args:
         chunk_tokens: a power of two.
@@ -57,7 +58,7 @@ def gated_delta_rule_by_products(
 
 
 class _Rule(torch.autograd.Function):
-    """All tensors are cut into (chunks, sequences x heads, tokens, dim), so that every product is one of a batch."""
+    """Forward and backward on tensors of shape (chunks, sequences x heads, tokens, dim), as batched products."""
 
     @staticmethod
     def forward(ctx, query, key, value, log_decay, write, segment_ids, chunk_tokens):  # type: ignore[no-untyped-def]
@@ -65,7 +66,7 @@ class _Rule(torch.autograd.Function):
         query, key, value, write = (_cut(x, chunk_tokens) for x in (query * dim**-0.5, key, value, write))
         write = write.unsqueeze(-1)
         decays = _decays(_cut(log_decay, chunk_tokens), segment_ids, chunk_tokens)
-        between = decays.between.unflatten(1, (key.shape[1], -1))  # value heads beside the key head that they share
+        between = decays.between.unflatten(1, (key.shape[1], -1))  # by key head, then its value heads
         alike = (key @ key.mT).tril_(-1)
         scores = query @ key.mT
         system = (alike.unsqueeze(2) * between).mul_(write.unflatten(1, (key.shape[1], -1)).mT)
@@ -94,7 +95,7 @@ class _Rule(torch.autograd.Function):
         d_state, d_value = _states_backward(_shared(key, value), d_state, d_written, write, inverse, decays)
 
         d_scores = (given @ (correction * write).mT).view_as(between).mul_(between)
-        d_system = (d_value @ correction.mT).view_as(between).mul_(between)  # less than nothing, as all below
+        d_system = (d_value @ correction.mT).view_as(between).mul_(between)  # negated, as all of its uses
         d_write = (correction * d_written).sum(-1) - (d_system * alike.unsqueeze(2)).sum(-2).flatten(1, 2)
         d_scores = d_scores.sum(2)
         d_alike = d_system.mul_(write.unflatten(1, (key.shape[1], -1)).mT).sum(2).tril_(-1)
@@ -118,7 +119,7 @@ def _states(
     inverse: Float[Tensor, "chunks heads chunk chunk"],
     decays: Decays,
 ) -> tuple[Float[Tensor, "chunks_1 heads key value"], Float[Tensor, "chunks heads chunk value"]]:
-    """The state before each chunk and after the last, and r of the module's first equation."""
+    """The states before each chunk and after the last one, and r of the module's first equation."""
     chunks, heads, _, dim = key.shape
     state = key.new_zeros(chunks + 1, heads, dim, value.shape[-1])
     correction, buffer = torch.empty_like(value), value.new_empty(value.shape[1:])
@@ -144,8 +145,8 @@ def _states_backward(
     """Gradients of the states and of the values, from the last chunk to the first.
 
     Args:
-        d_read: gradients of the states before each chunk as far as its own outputs read them.
-        d_written: gradients of b r so far; those through later chunks are added to it.
+        d_read: gradients of the state before each chunk through the outputs of that chunk.
+        d_written: gradients of b r through the chunk's own outputs; those through later chunks are added in place.
     """
     chunks, heads, dim, _ = d_read.shape
     d_state = d_read.new_zeros(chunks + 1, heads, dim, d_read.shape[-1])
@@ -164,11 +165,11 @@ def _states_backward(
 def _decays(
     log_decay: Float[Tensor, "chunks heads chunk"], segment_ids: Int[Tensor, "batch time"], chunk_tokens: int
 ) -> Decays:
-    """Products of decays, from sums within each token's own document; see `chunked_gated_delta_rule`."""
+    """Decay factors, from sums of log decays within each token's document; see `chunked_gated_delta_rule`."""
     pad = -segment_ids.shape[1] % chunk_tokens
     segment = _cut(F.pad(segment_ids, (0, pad), value=-2).unsqueeze(-1), chunk_tokens)  # (chunks, batch, chunk)
-    last = segment[..., -1:]  # the document that leaves each chunk
-    entering = F.pad(last[:-1], (0, 0, 0, 0, 1, 0), value=-3)  # the document that enters it; none before the first
+    last = segment[..., -1:]  # the document at the end of each chunk
+    entering = F.pad(last[:-1], (0, 0, 0, 0, 1, 0), value=-3)  # the last one of the chunk before
     reaches = (segment.unsqueeze(-1) == segment.unsqueeze(-2)).tril()
     by_sequence = log_decay.unflatten(1, (segment.shape[1], -1))
     total = by_sequence @ reaches.float().mT  # (chunks, batch, heads of a sequence, chunk)
@@ -187,7 +188,7 @@ def _decays(
 
 
 def _inverse(lower: Float[Tensor, "systems rows rows"]) -> Float[Tensor, "systems rows rows"]:
-    """(I + lower)^-1 of strictly lower triangles: of small blocks by substitution, then twice as large ones by theirs.
+    """(I + lower)^-1 of strictly lower triangles: small blocks by substitution, then pairs of blocks by the formula.
 
     [A 0; B C]^-1 = [A^-1 0; -C^-1 B A^-1 C^-1]
     """
@@ -207,13 +208,13 @@ def _inverse(lower: Float[Tensor, "systems rows rows"]) -> Float[Tensor, "system
 
 
 def _diagonal_blocks(x: Float[Tensor, "systems rows rows"], size: int) -> Float[Tensor, "blocks size size"]:
-    """Blocks on the diagonal, those of one matrix after the other's."""
+    """The diagonal blocks of every matrix, matrix by matrix."""
     blocks = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))
     return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
 
 
 def _cut(x: Shaped[Tensor, "batch time heads *dim"], size: int) -> Shaped[Tensor, "chunks heads_of_all size *dim"]:
-    """Chunks of all heads of all sequences, the last one filled up with zeros."""
+    """Split time into chunks for all heads of all sequences; the last chunk is padded with zeros."""
     pad = -x.shape[1] % size
     x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) if pad else x
     return x.unflatten(1, (x.shape[1] // size, size)).movedim(3, 1).movedim(2, 0).flatten(1, 2).contiguous()
@@ -222,12 +223,12 @@ def _cut(x: Shaped[Tensor, "batch time heads *dim"], size: int) -> Shaped[Tensor
 def _join(
     x: Shaped[Tensor, "chunks heads_of_all size *dim"], batch: int, time: int
 ) -> Shaped[Tensor, "batch time heads *dim"]:
-    """What `_cut` undoes."""
+    """The inverse of `_cut`."""
     return x.unflatten(1, (batch, -1)).movedim(0, 2).movedim(1, 3).flatten(1, 2)[:, :time]
 
 
 def _shared(by_key: Float[Tensor, "chunks key_heads chunk key"], by_value: Tensor) -> Tensor:
-    """Keys or queries once for every value head."""
+    """Keys or queries, repeated for every value head."""
     group = by_value.shape[1] // by_key.shape[1]
     return by_key if group == 1 else by_key.repeat_interleave(group, dim=1)
 
@@ -235,5 +236,5 @@ def _shared(by_key: Float[Tensor, "chunks key_heads chunk key"], by_value: Tenso
 def _added(
     by_value: Float[Tensor, "chunks heads chunk key"], key: Tensor
 ) -> Float[Tensor, "chunks key_heads chunk key"]:
-    """The sum over the value heads of each key head: the gradient of `_shared`."""
+    """Sum over the value heads of each key head: the gradient of `_shared`."""
     return by_value.unflatten(1, (key.shape[1], -1)).sum(2)

@@ -1,8 +1,8 @@
-"""Everything between the projections of a DeltaNet layer and the delta rule, in few passes over memory; for a CPU.
+"""The part of a DeltaNet layer between the projections and the delta rule, in few passes over memory; for a CPU.
 
-Plain torch. Definition: `prepare` in `model/deltanet.py`. Queries, keys and values stay where the projection has them,
-grouped by key head: the convolution's weights are brought into that order instead, and the backward pass writes its
-gradients, and the gate's, straight into the gradient of the projection.
+Plain torch. Definition: `prepare` in `model/deltanet.py`. Queries, keys and values keep the layout of the projection,
+grouped by key head; the convolution's weights are permuted to match. The backward pass writes all gradients, that of
+the gate included, directly into the gradient of the projection.
 """
 
 import torch
@@ -22,7 +22,7 @@ def prepare_cpu(
     segment_ids: Int[Tensor, "batch time"],
     heads: Heads,
 ) -> Prepared:
-    """`prepare` of the definition. Asks the segment ids whether there is more than one document."""
+    """Equivalent of `finetune.model.deltanet.prepare`. Reads the segment ids on the host."""
     b, a = ba.unflatten(-1, (heads.keys, -1)).chunk(2, dim=-1)
     query, key, value, gate = _Convolved.apply(qkvz, conv_weight, segment_ids, heads)
     decay = log_decay(a.flatten(-2), log_rate, bias)
@@ -30,7 +30,7 @@ def prepare_cpu(
 
 
 class _Convolved(torch.autograd.Function):
-    """Convolution, SiLU and unit length; what comes before SiLU is kept, and the projection for the weight alone."""
+    """Convolution, SiLU and L2 norm. Saves the input of SiLU; saves the projection only if the weight is trained."""
 
     @staticmethod
     def forward(ctx, qkvz, conv_weight, segment_ids, heads):  # type: ignore[no-untyped-def]
@@ -84,13 +84,13 @@ class _Convolved(torch.autograd.Function):
 def _of_same_document(
     x: Float[Tensor, "batch fewer heads channels"], segment_ids: Int[Tensor, "batch time"], back: int
 ) -> Float[Tensor, "batch fewer heads channels"]:
-    """Zero where the token `back` further on is of another document than this one."""
+    """x, with zeros at pairs of tokens `back` apart that belong to different documents."""
     other = segment_ids[:, back:] != segment_ids[:, :-back]
     return x.masked_fill(other[..., None, None], 0) if other.any() else x
 
 
 def _by_group(weight: Float[Tensor, "channels width"], heads: Heads) -> Float[Tensor, "width key_heads group"]:
-    """Weights in the order of the projection's channels, that of the token itself first."""
+    """Weights in the channel order of the projection; taps from the token itself backwards."""
     keys, values = heads.keys * heads.key_dim, heads.values * heads.value_dim
     parts = (part.unflatten(0, (heads.keys, -1)) for part in weight.float().split([keys, keys, values]))
     return torch.cat(list(parts), dim=1).permute(2, 0, 1).flip(0).contiguous()
@@ -103,7 +103,7 @@ def _weight_gradient(
     heads: Heads,
     width: int,
 ) -> Float[Tensor, "channels width"]:
-    """Sums over all tokens, in the order of the weight."""
+    """Gradient of the convolution's weight, summed over all tokens, in the order of the weight."""
     by_tap = d_out.new_zeros(width, *d_out.shape[2:])
     for back in range(min(width, d_out.shape[1])):
         earlier = mixed[:, :-back] if back else mixed

@@ -1,1 +1,1 @@
-"""Forms in plain torch for every device."""
+"""Fast forms in plain torch, for every device."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from finetune.model.moe import ExpertFactors, LowRank
 
-ALIGNMENT_BYTES = 16  # of every row that a grouped product reads
+ALIGNMENT_BYTES = 16  # required of every row that a grouped product reads
 
 
 def experts_grouped(
@@ -17,11 +17,10 @@ def experts_grouped(
     down: Float[Tensor, "local_experts hidden width"],
     factors: ExpertFactors | None = None,
 ) -> Float[Tensor, "rows hidden"]:
-    """`experts_in_a_loop` by torch's grouped matrix product; no host synchronisation.
+    """Equivalent of `experts_in_a_loop` by torch's grouped matrix product; no host synchronisation.
 
-    Rows beyond the last expert do not exist here (rows_per_expert sums to the rows), so none is left uninitialised.
-    Factors of any rank will do: they are filled up with zeros, which adds nothing, to the 16 bytes that the product
-    asks of every row.
+    `rows_per_expert` must sum to the number of rows: the product leaves rows beyond the last expert uninitialised.
+    Factors of any rank are supported: they are zero-padded to the 16-byte rows that the product requires.
     """
     ends = rows_per_expert.cumsum(0).to(torch.int32)
     on_gate_up, on_down = factors or (None, None)
@@ -35,7 +34,7 @@ def _product(
     low_rank: LowRank | None,
     ends: Int[Tensor, " local_experts"],
 ) -> Float[Tensor, "rows outputs"]:
-    """W_e x + B_e (scale * A_e x): never a matrix as large as the experts, forward or backward, beside W itself."""
+    """W_e x + B_e (scale * A_e x), without a temporary as large as W, forward or backward."""
     y = F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
     if low_rank is None:
         return y
@@ -55,5 +54,5 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
-        # Of no rows, `.contiguous()` would keep the strides of an expanded gradient.
+        # Without rows, `.contiguous()` would keep the strides of an expanded gradient.
         return gradient.contiguous() if gradient.numel() else gradient.new_empty(gradient.shape)

@@ -1,7 +1,7 @@
 """A frozen linear layer and its low-rank adapter in one function: fewer passes over the output, nothing saved twice.
 
-Plain torch; runs on every device. Definition: `forward` of peft's `lora.Linear`, which adds the adapter's output to
-that of the layer in a pass of its own, after another one that scales it.
+Plain torch; runs on every device. Definition: `forward` of peft's `lora.Linear`, which scales the adapter's output and
+adds it to that of the layer in two further passes.
 """
 
 import torch
@@ -21,7 +21,7 @@ def adapted_linear(
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """The thin product goes into the output first, and the large one is added onto it by the same kernel."""
+    """Writes the low-rank product to the output first; the large product accumulates onto it (`addmm_`)."""
 
     @staticmethod
     def forward(ctx, x, weight, a, b, scale):  # type: ignore[no-untyped-def]
@@ -29,7 +29,7 @@ class _AdaptedLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         thin = torch.mm(rows, a.t()).mul_(scale)
         out = torch.mm(thin, b.t()).addmm_(rows, weight.t())
-        ctx.save_for_backward(x, thin, weight, a, b)  # x as it came: layers that read the same x keep it once
+        ctx.save_for_backward(x, thin, weight, a, b)  # x, not its reshape: layers with the same x share it
         ctx.scale = scale
         return out.view(*x.shape[:-1], len(weight))
 

@@ -1,1 +1,1 @@
-"""Kernels for GPUs, in Triton."""
+"""Fast forms for GPUs, in Triton."""

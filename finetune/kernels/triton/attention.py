@@ -1,8 +1,8 @@
-"""What stands around the attention product in one kernel each way, and packed documents without a mask; Triton.
+"""Kernels before and after the attention operator, and attention of packed documents without a mask; Triton.
 
-`prepare_fused`: norm and rotation of queries and keys. `gate_output_fused`: the sigmoid gate on the output. Queries and
-gates lie side by side in the output of `q_proj`, and so do their gradients: the backward pass of the gate leaves room
-beside its own for that of the queries, and neither is ever copied.
+`prepare_fused`: norm and rotary embedding of queries and keys. `gate_output_fused`: the sigmoid gate on the output.
+Queries and gates are interleaved in the output of `q_proj`, and so are their gradients. The backward pass of the gate
+allocates memory for both and writes its own part; that of `prepare_fused` writes the rest, so neither is copied.
 
 Definitions: `finetune.model.attention`.
 """
@@ -18,9 +18,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from finetune.model.attention import Documents, Packing
 
-ROWS = 16  # of a program; a row is a token's head
+ROWS = 16  # rows of a program; a row is one head of one token
 WARPS = 8
-# Until torch 2.12, keys that several queries share need not be announced.
+# From torch 2.12 on, `varlen_attn` requires this argument for grouped keys.
 GROUPED: dict[str, Any] = {"enable_gqa": True} if torch.__version__ >= "2.12" else {}
 
 
@@ -37,7 +37,7 @@ def prepare_fused(
     Float[Tensor, "batch time kv_heads dim"],
     Float[Tensor, "batch time heads dim"],
 ]:
-    """Queries and keys, normed and turned, in float32 until they are stored; and gates where they lie in `q_gate`."""
+    """Queries and keys, normed and rotated in float32, stored in the input dtype; and the gates, a view of `q_gate`."""
     return _Prepare.apply(
         q_gate.contiguous(), key.contiguous(), cos.contiguous(), sin.contiguous(), q_weight, k_weight, eps
     )
@@ -46,12 +46,12 @@ def prepare_fused(
 def gate_output_fused(
     out: Float[Tensor, "batch time heads dim"], gate: Float[Tensor, "batch time heads dim"]
 ) -> Float[Tensor, "batch time hidden"]:
-    """out * sigmoid(gate), in float32, returned in the dtype of `out`."""
+    """out * sigmoid(gate), computed in float32, returned in the dtype of `out`."""
     return _GateOutput.apply(out, gate)
 
 
 def document_starts(packing: Packing) -> Documents:
-    """Where documents start, for `attend_documents`; no host synchronisation, since their number is known."""
+    """Document boundaries for `attend_documents`; no host synchronisation, since their number is known."""
     ids = packing.segment_ids
     changes = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     changes[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -65,7 +65,7 @@ def attend_documents(
     value: Float[Tensor, "batch time kv_heads dim"],
     isolation: Documents,
 ) -> Float[Tensor, "batch time heads dim"]:
-    """Causal attention within documents by torch's flash attention for sequences of unequal lengths; on a GPU alone."""
+    """Causal attention within documents by torch's variable-length flash attention; GPU only."""
     flat_query, flat_key, flat_value = (tensor.flatten(0, 1) for tensor in (query, key, value))
     starts, longest = isolation
     out = varlen_attn(
@@ -144,9 +144,9 @@ class _GateOutput(torch.autograd.Function):
 
 
 def _around(d_gate: Tensor | None, q_gate: Tensor, dim: int) -> Tensor:
-    """A gradient of `q_gate` that holds that of the gates; the queries' part is yet to be written.
+    """The gradient of `q_gate` with the part of the gates filled in; the part of the queries is uninitialised.
 
-    Where the gradient of the gates comes as `_GateOutput` leaves it, with room for the queries', that is its memory.
+    If `d_gate` is the result of `_GateOutput.backward`, its memory, which has room for the queries, is reused.
     """
     if d_gate is None:
         return torch.zeros_like(q_gate)
@@ -157,13 +157,13 @@ def _around(d_gate: Tensor | None, q_gate: Tensor, dim: int) -> Tensor:
         and d_gate.untyped_storage().nbytes() == q_gate.numel() * q_gate.element_size()
     ):
         return d_gate.as_strided(q_gate.shape, q_gate.stride(), 0)
-    whole = torch.empty_like(heads)  # the gate was read elsewhere too, and its gradients have been summed
+    whole = torch.empty_like(heads)  # the gate had another use, and autograd summed its gradients
     whole[..., dim:] = d_gate
     return whole.view_as(q_gate)
 
 
 def _given(x: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """With neighbouring elements along the last dimension; zeros where there is no gradient."""
+    """x with a contiguous last dimension; zeros if there is no gradient."""
     if x is None:
         return like.new_zeros(shape)
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -180,7 +180,7 @@ def _tile(dim: int) -> dict[str, int]:
 @triton.jit
 @no_type_check
 def _places(first, at, time, heads, batch_stride, time_stride, head_stride, ROWS: tl.constexpr):
-    """Where the elements of these rows (a token's head each) lie, and which token's they are."""
+    """Offsets of the elements of these rows (one head of one token each), and the token of each row."""
     row = first + tl.arange(0, ROWS).to(tl.int64)
     token = row // heads
     start = token // time * batch_stride + token % time * time_stride + row % heads * head_stride
@@ -191,12 +191,12 @@ def _places(first, at, time, heads, batch_stride, time_stride, head_stride, ROWS
 @no_type_check
 def _turn(x, weight, cos, sin, out, first, row_stride, rows, heads, dim, rotary, eps, ROWS: tl.constexpr,
           DIM: tl.constexpr):  # fmt: skip
-    """Norm these rows and turn the first `rotary` dimensions of each."""
+    """Norm these rows and rotate the first `rotary` dimensions of each."""
     row, at = first + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, DIM)
     mask = (row < rows)[:, None] & (at < dim)[None, :]
     turns = mask & (at < rotary)[None, :]
     half = rotary // 2
-    other = tl.where(at < half, at + half, at - half)  # the dimension that is turned together with this one
+    other = tl.where(at < half, at + half, at - half)  # the dimension that forms a rotary pair with this one
     value = tl.load(x + row[:, None] * row_stride + at[None, :], mask=mask, other=0.0).to(tl.float32)
     aside = tl.load(x + row[:, None] * row_stride + other[None, :], mask=turns, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=1) / dim + eps)[:, None]
@@ -230,7 +230,7 @@ def _prepare_kernel(
 @no_type_check
 def _turn_back(x, weight, cos, sin, gradient, batch_stride, time_stride, head_stride, d_x, part, first, row_stride,
                rows, time, heads, dim, rotary, eps, ROWS: tl.constexpr, DIM: tl.constexpr):  # fmt: skip
-    """Store the gradient of these rows, and their part of the weight's."""
+    """Store the input gradient of these rows, and their partial sum of the weight's gradient."""
     row, at = first + tl.arange(0, ROWS).to(tl.int64), tl.arange(0, DIM)
     live = row < rows
     mask = live[:, None] & (at < dim)[None, :]

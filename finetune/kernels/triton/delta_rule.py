@@ -1,11 +1,12 @@
 """Chunked gated delta rule, forward and backward; Triton.
 
-Forward: one kernel for what a chunk knows alone (the inverse of its triangular system, the scores of its queries), all
-chunks at once; then one that walks the chunks of a head with the state in registers and writes the outputs as it goes.
-Backward: the same walk again for the states, a walk from the end for their gradients, and one kernel for the rest, all
-chunks and value heads at once; those that share a key head are summed after it. No atomics: two runs give equal bits.
+Forward: one kernel for the state-independent part of every chunk (the inverse of its triangular system, the scores of
+its queries), parallel over chunks; then a scan over the chunks of a head, with the state in registers.
+Backward: the scan again, for the states; a reverse scan for their gradients; and one kernel for the other gradients,
+parallel over chunks and value heads. Value heads that share a key head are summed afterwards. No atomics: results are
+bitwise reproducible.
 
-Kept for the backward pass beside the inputs: two matrices of chunk x chunk for every chunk and value head, and two
+Saved for the backward pass besides the inputs: two chunk x chunk matrices for every chunk and value head, and two
 float32 numbers for every token and value head. With 32 value heads and bfloat16 that is 8.4 KB a token.
 
 Definition: `finetune.model.delta_rule`. The kernels: `delta_rule_kernels.py`.
@@ -25,7 +26,7 @@ HEAD_DIMS = (16, 32, 64, 128)
 
 
 class Sizes(NamedTuple):
-    """How a kernel is computed: value columns of one program (or of one turn), warps, stages of its loads."""
+    """Launch parameters: value columns of one program (or of one iteration), warps, pipeline stages."""
 
     columns: int
     warps: int
@@ -41,12 +42,12 @@ def gated_delta_rule(
     write: Float[Tensor, "batch time value_heads"],
     segment_ids: Int[Tensor, "batch time"],
 ) -> Float[Tensor, "batch time value_heads value"]:
-    """`finetune.model.delta_rule.chunked_gated_delta_rule`, in the dtype of query, key and value.
+    """Equivalent of `finetune.model.delta_rule.chunked_gated_delta_rule`, in the dtype of query, key and value.
 
-    Products take operands of that dtype (float32: as accurate as float32); states and decays are float32.
+    Matrix products have operands of that dtype (float32 by three TF32 products); states and decays are float32.
 
     Raises:
-        ValueError: head dims or dtypes that the kernels do not take.
+        ValueError: unsupported head dims or dtypes.
     """
     for name, x in (("key", key), ("value", value)):
         if x.shape[-1] not in HEAD_DIMS:
@@ -95,13 +96,16 @@ class _GatedDeltaRule(torch.autograd.Function):
 
 
 class _Chunks(NamedTuple):
-    """What a chunk knows alone.
+    """The state-independent part of every chunk.
 
-    With D_ij the decay from token j to token i of one document and b the writes: `inverse` is (I + L)^-1 - I,
-    L_ij = (k_i . k_j) D_ij b_j for j < i, so that `deltas` (what a token corrects before b) are (I + inverse) times
-    value minus recall. `within` is q_i . k_j D_ij b_j / sqrt(key) for j <= i. `enters` is the decay from the start of
-    the chunk to the token, zero for documents that begin in the chunk; `leaves` is b times the decay from the token to
-    the end of the chunk, zero for documents that end in it. The last of `enters` is the share of the state that stays.
+    With D_ij the decay from token j to token i of one document and b the write strengths:
+
+    - `inverse` is (I + L)^-1 - I, where L_ij = (k_i . k_j) D_ij b_j for j < i. The corrections before b, `deltas`, are
+      (I + inverse) (value - recall).
+    - `within` is q_i . k_j D_ij b_j / sqrt(key) for j <= i.
+    - `enters` is the decay from the start of the chunk to the token, zero for documents that start in the chunk. Its
+      last element is the decay of the state over the chunk.
+    - `leaves` is b times the decay from the token to the end of the chunk, zero for documents that end in it.
     """
 
     inverse: Float[Tensor, "batch heads chunks chunk chunk"]
@@ -130,7 +134,7 @@ def _scan(
     query: Tensor, key: Tensor, value: Tensor, chunks: _Chunks, out: Tensor | None, deltas: Tensor | None,
     states: Tensor | None,
 ) -> None:  # fmt: skip
-    """Walk the chunks; write the outputs, or what the backward pass needs: corrections and states before each chunk."""
+    """Scan over chunks: write the outputs; or, for the backward pass, corrections and the state before each chunk."""
     batch, time, heads, columns = value.shape
     if not time:
         return
@@ -143,7 +147,7 @@ def _scan(
 
 
 def _reverse(query: Tensor, key: Tensor, gradient: Tensor, chunks: _Chunks, d_states: Tensor, d_value: Tensor) -> None:
-    """Walk the chunks from the end; write the gradients of the values and of the state after each chunk."""
+    """Reverse scan over chunks: write the gradients of the values and of the state after each chunk."""
     batch, time, heads, columns = gradient.shape
     if not time:
         return
@@ -156,18 +160,18 @@ def _reverse(query: Tensor, key: Tensor, gradient: Tensor, chunks: _Chunks, d_st
 
 
 def _token_rows(x: Tensor) -> Tensor:
-    """x with a token's heads side by side and tokens equally far apart; a slice of wider rows is not copied."""
+    """x with contiguous heads and one stride over all tokens; a slice of wider rows is not copied."""
     even = x.stride(-1) == 1 and x.stride(2) == x.shape[3] and x.stride(0) == x.shape[1] * x.stride(1)
     return x if even else x.contiguous()
 
 
 def _precision(x: Tensor) -> str:
-    """How a product reads float32 operands."""
+    """Triton's `input_precision` of products."""
     return "tf32x3" if x.dtype == torch.float32 else "tf32"
 
 
 def _walk_sizes(value: Tensor, *, backwards: bool = False) -> Sizes:
-    """Few heads are cut into narrow programs, so that the walks fill the card; chosen by measurement on an H100."""
+    """Launch parameters of a scan, measured on an H100; few heads get narrower programs, to fill the GPU."""
     walks, columns = value.shape[0] * value.shape[2], value.shape[3]
     if value.dtype == torch.float32:
         return Sizes(min(columns, 16), 4, 1)

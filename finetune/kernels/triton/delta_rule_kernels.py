@@ -1,7 +1,7 @@
-"""Triton kernels of the chunked gated delta rule; `delta_rule.py` launches them and says what the tensors are.
+"""Triton kernels of the chunked gated delta rule; `delta_rule.py` launches them and describes the tensors.
 
-Everything that separates documents is a mask over a chunk's own tokens: a product with an exact zero. Decays are sums
-over tokens of one document, never differences of a sum that runs over its border.
+Documents are isolated by masks within a chunk, that is by multiplication with an exact zero. Log decays are sums over
+tokens of one document, never differences of sums across a document boundary.
 """
 
 from typing import no_type_check
@@ -13,12 +13,12 @@ import triton.language as tl
 @triton.jit
 @no_type_check
 def _decays(log_decay, segments, batch, chunk, head, time, HEADS: tl.constexpr, C: tl.constexpr):
-    """Decays of one chunk: D (chunk, chunk), from its start to each token, from each token to its end; and masks."""
+    """Mask (same document, not later) and decays of a chunk: between tokens, from its start, and to its end."""
     at = tl.arange(0, C)
     start = batch.to(tl.int64) * time + chunk * C
     live = at < time - chunk * C
     segment = tl.load(segments + start + at, mask=live, other=-2)
-    last = tl.load(segments + start + C - 1, mask=chunk * C + C <= time, other=-2)  # the document that leaves the chunk
+    last = tl.load(segments + start + C - 1, mask=chunk * C + C <= time, other=-2)  # last document of the chunk
     entering = tl.load(segments + start - 1, mask=chunk > 0, other=-3)  # none enters the first chunk
     log = tl.load(log_decay + (start + at) * HEADS + head, mask=live, other=0.0)
     reaches = (segment[:, None] == segment[None, :]) & (at[:, None] >= at[None, :])
@@ -63,10 +63,10 @@ def chunk_kernel(
 @triton.jit
 @no_type_check
 def _invert(system, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + system)^-1 of a strictly lower triangular matrix, by blocks on the diagonal of 2, 4, .. C.
+    """(I + system)^-1 of a strictly lower triangular matrix, by diagonal blocks of size 2, 4, .. C.
 
-    If A is inverted block by block and F holds what lies below the diagonal between the two halves of the next larger
-    blocks, then (A^-1 + F)^-1 = A - A F A, since F A F = 0. As stable as substitution, unlike a product of powers.
+    Let A be the inverse of the block diagonal, and F the entries below it in the blocks of twice the size. Then
+    (A^-1 + F)^-1 = A - A F A, since F A F = 0. As stable as substitution, unlike a product of powers.
     """
     at = tl.arange(0, C)
     inverted = tl.where(at[:, None] == at[None, :], 1.0, 0.0)
@@ -87,7 +87,7 @@ def scan_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs (where `out` is given), or corrections and incoming states of every chunk; BV columns of one head."""
+    """Scan over BV value columns of one head: store `out`, or without it `deltas` and the incoming `states`."""
     head, batch = tl.program_id(1), tl.program_id(2)
     at, column, along = tl.arange(0, C), tl.program_id(0) * BV + tl.arange(0, BV), tl.arange(0, K)
     dtype: tl.constexpr = value.dtype.element_ty
@@ -132,7 +132,7 @@ def reverse_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of values, and of the state that leaves each chunk; BV columns of a head, from the last chunk on."""
+    """Reverse scan over BV columns of a head: gradients of the values and of the state after each chunk."""
     head, batch = tl.program_id(1), tl.program_id(2)
     at, column, along = tl.arange(0, C), tl.program_id(0) * BV + tl.arange(0, BV), tl.arange(0, K)
     dtype: tl.constexpr = d_value.dtype.element_ty
@@ -176,8 +176,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """Gradients of queries, keys, decays and writes of one chunk and value head.
 
-    One after the other: what pairs of tokens give each other, what comes through the state before the chunk, what
-    through the one after it. Their sums together would not fit into the registers.
+    Three parts, computed one after the other because their accumulators together exceed the registers: through pairs of
+    tokens, through the state before the chunk, through the state after it.
     """
     head, chunk, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     at, column = tl.arange(0, C), tl.arange(0, K)
@@ -227,7 +227,7 @@ def _from_pairs(
     q, k, gradient, deltas, d_value, log_decay, write, segments, batch, chunk, head, time, start, live, g_stride, scale,
     HEADS: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the products q_i . k_j and k_i . k_j, before b_j; and their part of the gradients of b and decay."""
+    """Gradients of q_i . k_j and k_i . k_j, without the factor b_j; and their part of those of b and the decays."""
     at = tl.arange(0, C)
     d_scores, d_system = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for first in range(0, V, BV):
@@ -242,7 +242,7 @@ def _from_pairs(
     _, between, _, _ = _decays(log_decay, segments, batch, chunk, head, time, HEADS, C)
     d_scores *= between * scale
     d_system = tl.where(at[:, None] > at[None, :], -d_system * between, 0.0)
-    # Of what is multiplied by b_j, the part without it: its product with b is the gradient by decay.
+    # Gradient of b_j for every pair; times b_j, it is the gradient of the pair's log decay.
     pairs = d_scores * tl.dot(q, tl.trans(k), input_precision=PRECISION)
     pairs += d_system * tl.dot(k, tl.trans(k), input_precision=PRECISION)
     b = tl.load(write + (start + at) * HEADS + head, mask=live, other=0.0)
@@ -255,7 +255,7 @@ def _from_state_before(
     gradient, d_value, states, from_start, start, live, here, head, g_stride, scale,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What comes to q and k through the state before the chunk."""
+    """Gradients of q and k through the state before the chunk."""
     at, along = tl.arange(0, C), tl.arange(0, K)
     d_q, d_k = tl.zeros((C, K), tl.float32), tl.zeros((C, K), tl.float32)
     for first in range(0, V, BV):
@@ -278,7 +278,7 @@ def _from_state_after(
     deltas, states, d_states, to_end, start, live, here, head,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What comes to b k through the state after the chunk, and to the decay of the state itself."""
+    """Gradients of b k through the state after the chunk, and of the decay of the state itself."""
     at, along = tl.arange(0, C), tl.arange(0, K)
     d_written = tl.zeros((C, K), tl.float32)
     stayed = 0.0

@@ -1,10 +1,10 @@
-"""Gated DeltaNet between its projections and the delta rule, in one pass each way; Triton.
+"""Gated DeltaNet between its projections and the delta rule, in one pass forward and one backward; Triton.
 
-The grouped projection is read where it lies; convolution, SiLU and unit length never leave the registers. The backward
-pass keeps the projections alone and computes the rest again. It writes the projection's gradient once, in its grouped
-layout, around the gate's, which `gated_norm_fused` has put in its place before.
+The grouped projection is read in place; the results of convolution, SiLU and L2 norm stay in registers. Only the
+projections are saved for the backward pass, which recomputes the rest. It writes the projection's gradient once, in the
+grouped layout, into the memory that `gated_norm_fused` allocated and already filled with the gate's part.
 
-Documents are apart to the last bit: a token's convolution loads nothing that lies before its document.
+Documents are isolated bit for bit: the convolution of a token loads nothing from before its document.
 
 Definition: `finetune.model.deltanet.prepare`.
 """
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from finetune.model.deltanet import Heads, Prepared
 
-# Measured on an H100 at heads of 128 numbers. A program holds so many numbers, rows times the head dimension.
+# Elements (rows x head dimension) and warps of a program; measured on an H100 at head dimension 128.
 NUMBERS, WARPS = 1024, 2
 BACKWARD_NUMBERS, BACKWARD_WARPS = 512, 4
-STEPS = 32  # tokens that a row of `_prepare_backward_kernel` walks through, last first
-DECAY_ROWS = 32  # tokens of a program that computes decays
+STEPS = 32  # tokens that a row of `_prepare_backward_kernel` processes, last first
+DECAY_ROWS = 32  # tokens of a program of the decay kernels
 
 
 def prepare_fused(
@@ -35,7 +35,7 @@ def prepare_fused(
     segment_ids: Int[Tensor, "batch time"],
     heads: Heads,
 ) -> Prepared:
-    """Everything between the projections and the delta rule: convolution, SiLU, unit length; decays and writes."""
+    """Equivalent of `finetune.model.deltanet.prepare`: convolution, SiLU, L2 norm; decays and write strengths."""
     query, key, value, gate = _Prepare.apply(qkvz, conv_weight, segment_ids, heads)
     log_decay, write = _Decay.apply(ba, log_rate, bias, heads)
     return Prepared(query, key, value, log_decay, write, gate)
@@ -78,7 +78,7 @@ class _Prepare(torch.autograd.Function):
 
 
 def _cut(heads: Heads, conv_weight: Tensor, numbers: int, warps: int) -> tuple[int, dict[str, int]]:
-    """Rows of a tile, and what the kernels over the projection are compiled for."""
+    """Rows of a tile, and the compile-time constants of the kernels over the projection."""
     block = triton.next_power_of_2(max(heads.key_dim, heads.value_dim))
     rows = max(1, numbers // block)
     return rows, {
@@ -88,10 +88,10 @@ def _cut(heads: Heads, conv_weight: Tensor, numbers: int, warps: int) -> tuple[i
 
 
 def _projection_around(d_gate: Tensor, qkvz: Tensor) -> Tensor:
-    """A gradient of the projection whose gate columns are `d_gate`; the others are not written yet.
+    """The gradient of the projection with its gate columns set to `d_gate`; the other columns are uninitialised.
 
-    `gated_norm_fused` puts its gradient where it belongs and leaves the rest of its memory, which nobody else knows,
-    to be filled. Any other gradient is copied into new memory.
+    If `d_gate` is the result of the backward pass of `gated_norm_fused`, its memory is reused: it has the size of the
+    projection, and nothing else refers to it. Any other gradient is copied to new memory.
     """
     groups, dim = d_gate.shape[2:]
     width = qkvz.shape[-1] // groups
@@ -108,9 +108,9 @@ def _projection_around(d_gate: Tensor, qkvz: Tensor) -> Tensor:
 @no_type_check
 @triton.jit
 def _place(slot, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr):
-    """Where a head lies: its first column in a row of the projection, its first channel, its dimension.
+    """First column of a head in the projection, its first channel in the convolution, and its dimension.
 
-    Slots are the heads of queries, of keys, of values, in this order.
+    Slots number the heads of queries, then of keys, then of values.
     """
     width: tl.constexpr = 2 * KEY + 2 * GROUP * VALUE
     head = slot - 2 * KEY_HEADS
@@ -123,7 +123,7 @@ def _place(slot, KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr
 @no_type_check
 @triton.jit
 def _weights(conv_weight, channel, mask, WIDTH: tl.constexpr):
-    """Convolution weight of these channels for the token itself, for the one before it, and so on."""
+    """Convolution weights of these channels, one tuple element per tap, from the token itself backwards."""
     weights = ()
     for back in tl.static_range(WIDTH):
         one = tl.load(conv_weight + channel * WIDTH + (WIDTH - 1 - back), mask=mask, other=0.0)
@@ -134,7 +134,7 @@ def _weights(conv_weight, channel, mask, WIDTH: tl.constexpr):
 @no_type_check
 @triton.jit
 def _convolve(x, stride, segments, weights, row, inside, tokens, time, WIDTH: tl.constexpr):
-    """Convolution of these rows, the earlier tokens that each of them reads (or 0), and whether it reads them.
+    """Convolution of these rows; for every tap, the value read (or 0) and whether it is within the document.
 
     Args:
         x: pointers to the columns of row 0.
@@ -191,9 +191,10 @@ def _prepare_backward_kernel(
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each row of the tile walks through its own STEPS tokens, last first, after the WIDTH - 1 tokens that follow them.
+    """Gradient of the projection without the gate, and partial sums of the weight's gradient.
 
-    A token's gradient is complete when the walk arrives at it: what later tokens owe it has been carried along.
+    Each row of the tile processes STEPS tokens, last first, preceded by the WIDTH - 1 tokens that follow them. `owed`
+    carries the contributions of later tokens, so a token's gradient is complete when its step is reached.
     """
     slot, at = tl.program_id(0), tl.arange(0, BLOCK)
     start = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)) * STEPS
@@ -208,7 +209,7 @@ def _prepare_backward_kernel(
     else:
         given = d_value + (slot - 2 * KEY_HEADS) * VALUE
     given_stride = tl.where(slot < 2 * KEY_HEADS, KEY_HEADS * KEY, KEY_HEADS * GROUP * VALUE)
-    owed = (tl.zeros((ROWS, BLOCK), tl.float32),) * (WIDTH - 1)  # to the token before, to the one before that, ...
+    owed = (tl.zeros((ROWS, BLOCK), tl.float32),) * (WIDTH - 1)  # to the token before, the one before that, ..
     sums = (tl.zeros((ROWS, BLOCK), tl.float32),) * WIDTH
     for step in range(STEPS + WIDTH - 1):
         row = start + (STEPS + WIDTH - 2 - step)
@@ -292,7 +293,7 @@ def _heads(heads: Heads) -> dict[str, int]:
 @no_type_check
 @triton.jit
 def _softplus(x):
-    """log(1 + exp x), exact for small results too: log u / (u - 1) makes good what rounding took from u = 1 + exp."""
+    """log(1 + exp x), accurate for small results: the factor log u / (u - 1) corrects the rounding of u = 1 + exp."""
     small = tl.exp(-tl.abs(x))
     rounded = 1.0 + small
     lost = tl.where(rounded == 1.0, 1.0, rounded - 1.0)
@@ -302,7 +303,7 @@ def _softplus(x):
 @no_type_check
 @triton.jit
 def _decay_inputs(ba, log_rate, bias, row, head, mask, HEADS: tl.constexpr, GROUP: tl.constexpr):
-    """Logits of write, a + dt_bias, exp(A_log), and where b lies (a: GROUP further)."""
+    """Logits b of the write strength, a + dt_bias, exp(A_log), and the offsets of b (a is at + GROUP)."""
     place = row.to(tl.int64)[:, None] * (2 * HEADS) + ((head // GROUP) * 2 * GROUP + head % GROUP)[None, :]
     b = tl.load(ba + place, mask=mask, other=0.0).to(tl.float32)
     a = tl.load(ba + place + GROUP, mask=mask, other=0.0).to(tl.float32)

@@ -1,6 +1,6 @@
-"""The four products of gated experts with everything around them fused in, and the sum over a token's experts; Triton.
+"""The grouped matrix products of gated experts with their fused operations, and the sum over a token's rows; Triton.
 
-What a tile is, and how it is read: `tiles.py`. What they compute together: `fused_experts.py`.
+`tiles.py` defines the tiles and how they are read. `fused_experts.py` combines the products.
 """
 
 from typing import no_type_check
@@ -30,7 +30,7 @@ from finetune.kernels.triton.tiles import (
 def up_product(
     x: Tensor, gate_up: Tensor, rows: Rows, thin: Tensor | None, factor: Tensor | None, *, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """silu(gate) * up of every row, and where they are kept, gate and up."""
+    """silu(gate) * up of every row; and with `keep` the pre-activations, gate | up, (rows, 2 x width)."""
     width, depth = gate_up.shape[1] // 2, x.shape[1]
     act = x.new_empty(rows.rows, width)
     pre = x.new_empty(rows.rows, 2 * width) if keep else None
@@ -51,9 +51,9 @@ def up_backward(
     gradient: Tensor, down: Tensor, pre: Tensor, rows: Rows, weights: Tensor | None,
     thin: Tensor | None, factor: Tensor | None, *, keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradient of gate and up; of the routing weights; and where `keep`, routing weight x activation of every row.
+    """Gradients of gate and up, and of the routing weights; with `keep` also routing weight x activation of every row.
 
-    The first takes the memory of gate and up: torch refuses a second backward pass that would read them.
+    The first overwrites `pre`. Its version counter is incremented, so torch refuses a second backward pass.
     """
     _, depth, width = down.shape
     torch.autograd.graph.increment_version(pre)
@@ -78,12 +78,14 @@ def grouped_product(
     x: Tensor, weight: Tensor, rows: Rows, *, gathered: bool = False, scatter: bool = False, scale: float = 1.0,
     thin: Tensor | None = None, factor: Tensor | None = None, weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """scale * (x_r W_e^T + thin_r factor_e^T) of every sorted row r and its expert e, times its routing weight.
+    """scale * (x_r W_e^T + thin_r factor_e^T) for every sorted row r and its expert e, times the routing weight.
 
     Args:
         x: (rows, depth), or with `gathered` (tokens, depth).
         weight: (experts, columns, depth) with any strides.
-        scatter: store each row at its slot instead of its sorted place.
+        scatter: store each row at its slot instead of its sorted position.
+        thin: (rows, rank), a low-rank product; None for none. `factor` is its (experts, columns, rank) counterpart.
+        weights: routing weights by slot; None for none.
     """
     _, columns, depth = weight.shape
     out = x.new_empty(rows.rows, columns)
@@ -101,7 +103,7 @@ def grouped_product(
 
 
 def combine(slots: Tensor, rows: Rows, addend: Tensor | None) -> Tensor:
-    """addend + the sum over each token's rows, which lie side by side."""
+    """addend + the sum over each token's `top_k` adjacent rows."""
     if rows.slot is None:
         return slots
     hidden = slots.shape[1]
@@ -115,14 +117,14 @@ def combine(slots: Tensor, rows: Rows, addend: Tensor | None) -> Tensor:
 
 
 def weight_gradient(left: Tensor, right: Tensor, rows: Rows) -> Tensor:
-    """Sum over each expert's rows of left^T right, (experts, left columns, right columns): torch's grouped product."""
+    """left^T right summed over each expert's rows, (experts, left columns, right columns); torch's grouped product."""
     ends, shape = rows.starts[1:].to(torch.int32), (left.shape[1], right.shape[1])
     left, right = _whole_words(left), _whole_words(right)
     return F.grouped_mm(left.t(), right, offs=ends)[:, : shape[0], : shape[1]]
 
 
 def _whole_words(x: Tensor) -> Tensor:
-    """With zeros up to rows of whole 16 bytes, which torch's grouped product asks for."""
+    """x, zero-padded to rows of a multiple of 16 bytes, which torch's grouped product requires."""
     fill = -x.shape[1] % (16 // x.element_size())
     return F.pad(x, (0, fill)) if fill else x
 
@@ -227,7 +229,7 @@ def _up_backward_tile(
     weight = tl.full((BM,), 1.0, tl.float32)
     if weights is not None:
         weight = tl.load(weights + at_slot).to(tl.float32)
-    # In pieces of columns, since the whole tile beside gate and up would not fit into registers.
+    # By pieces of columns: the whole tile with gate and up would exceed the registers.
     if BN >= 128:
         left, right = _halves(d_act, BM, BN)
         share = _swiglu_backward(left, start, 0, row, live, weight, pre, act, width, BM, BN // 2)
@@ -241,7 +243,7 @@ def _up_backward_tile(
 @triton.jit
 @no_type_check
 def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
-    """Left and right half of the columns."""
+    """The left and right halves of the columns."""
     return x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
 
 
@@ -249,7 +251,7 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
 @no_type_check
 def _swiglu_backward(d_act, start, offset, row, live, weight, pre, act, width, BM: tl.constexpr,
                      BN: tl.constexpr):  # fmt: skip
-    """Store the gradient of gate and up in their place for a piece of columns; return its share of the weights'."""
+    """Overwrite gate and up of some columns by their gradients; return the part of the routing weights' gradient."""
     if BN >= 128:
         left, right = _halves(d_act, BM, BN)
         share = _swiglu_backward(left, start, offset, row, live, weight, pre, act, width, BM, BN // 2)

@@ -1,15 +1,16 @@
-"""Expert MLPs in four grouped matrix products with everything around them fused in; Triton.
+"""Expert MLPs as four grouped matrix products with fused gather, SwiGLU, routing weights and scatter; Triton.
 
-Forward: rows are gathered while they are loaded, SwiGLU is computed on the accumulators, the routing weight is applied
-before a row is stored, and a row is stored at its slot (token, choice), so that combining is a sum over neighbours.
-Backward: the gradient of the activation, of SwiGLU and of the routing weight in one product, the gradient of the rows
-in another. A frozen expert never gets a weight gradient; of the forward pass only the pre-activations are kept.
+Forward: rows are gathered as they are loaded, SwiGLU is computed on the accumulators, and the routing weight is applied
+before a row is stored. A row is stored at its slot (token, choice), so that combining sums adjacent rows.
+Backward: one product gives the gradients of the activation, SwiGLU and the routing weight; another gives the gradient
+of the rows. Weight gradients of frozen experts are not computed. Besides the inputs, the forward pass saves only the
+pre-activations and the low-rank products of adapters.
 
-The forward pass is two functions of autograd, of which only the first, up to SwiGLU, keeps tensors. So a layer that is
-computed again in its backward pass (`torch.utils.checkpoint` stops at the last tensor that was kept) computes the
-down-projection once, not twice.
+The forward pass consists of two autograd functions; only the first, up to SwiGLU, saves tensors. Since
+`torch.utils.checkpoint` stops recomputing at the last saved tensor, a recomputed layer does not repeat the
+down-projection.
 
-Definition: `finetune.model.moe.experts_in_a_loop` between `exchange_locally`'s two ends.
+Definition: `finetune.model.moe.experts_in_a_loop` between dispatch and combine of `exchange_locally`.
 """
 
 import torch
@@ -30,11 +31,11 @@ def moe_fused(
     factors: ExpertFactors | None,
     addend: Float[Tensor, "tokens hidden"] | None,
 ) -> Float[Tensor, "tokens hidden"]:
-    """addend + the routed experts of a device that holds all of them: sort, experts, weighted sum, in that order.
+    """addend + the routed experts of a device that holds all of them: sort, experts, weighted sum.
 
     No host synchronisation.
     """
-    narrow = torch.int16 if len(gate_up) < 2**15 else torch.int32  # a key of two bytes sorts in two passes
+    narrow = torch.int16 if len(gate_up) < 2**15 else torch.int32  # a radix sort of 2-byte keys has two passes
     slot = routing.experts.flatten().to(narrow).sort(stable=True).indices
     rows = cut(slot, routing.experts.shape[1], routing.rows, len(slot), x.dtype)
     return _experts(x, routing.weights, rows, gate_up, down, factors, addend)
@@ -47,7 +48,7 @@ def experts_fused(
     down: Float[Tensor, "local_experts hidden width"],
     factors: ExpertFactors | None = None,
 ) -> Float[Tensor, "rows hidden"]:
-    """`experts_in_a_loop` for rows that are sorted by expert already, as they arrive from other ranks."""
+    """Equivalent of `experts_in_a_loop`, for rows already sorted by expert, as received from other ranks."""
     return _experts(rows, None, cut(None, 1, rows_per_expert, len(rows), rows.dtype), gate_up, down, factors, None)
 
 
@@ -64,10 +65,10 @@ def _experts(
 
 
 class _Up(torch.autograd.Function):
-    """x -> silu(gate) * up of every row; and the whole backward pass of the experts.
+    """Forward: x -> silu(gate) * up of every row. Backward: the whole backward pass of the experts.
 
-    Returns a carrier, shaped like the experts' output and without memory, which hands the output's gradient to this
-    backward pass, and the activations, which `_Down` reads.
+    Returns the activations, which `_Down` reads, and a carrier. The carrier is an expanded scalar with the shape of the
+    experts' output; it passes the output's gradient to this backward pass.
     """
 
     @staticmethod
@@ -88,7 +89,7 @@ class _Up(torch.autograd.Function):
         need = ctx.needs_input_grad
         gradient = gradient.contiguous()
         by_row = None if a2 is None else grouped_product(gradient, b2.transpose(1, 2), rows, gathered=True, scale=scale)
-        trains = need[4] or a2 is not None  # something reads the activations: down, or its factors
+        trains = need[4] or a2 is not None  # the gradients of down or its factors need the activations
         d_pre, d_weights, act = up_backward(gradient, down, pre, rows, weights, by_row, a2, keep=trains)
         d_thin = None if a1 is None else grouped_product(d_pre, b1.transpose(1, 2), rows, gathered=False, scale=scale)
         d_x = None
@@ -103,7 +104,7 @@ class _Up(torch.autograd.Function):
             if d_thin is not None and thin is not None:
                 d_a1, d_b1 = weight_gradient(d_thin, x_rows, rows), weight_gradient(d_pre, thin, rows)
         if act is not None:
-            # act holds the routing weight, so neither the rows of the gradient nor its product with B need it.
+            # act includes the routing weight, so neither the rows of the gradient nor its product with B must.
             g_rows = _gather(gradient, rows)
             d_down = weight_gradient(g_rows, act, rows) if need[4] else None
             if by_row is not None:
@@ -113,7 +114,7 @@ class _Up(torch.autograd.Function):
 
 
 class _Down(torch.autograd.Function):
-    """Activations -> weighted sum over each token's rows. Keeps nothing; the gradient goes to the carrier."""
+    """Activations -> weighted sum over each token's rows. Saves no tensors; passes its gradient to the carrier."""
 
     @staticmethod
     def forward(ctx, carrier, act, weights, rows, down, a2, b2, scale, addend):  # type: ignore[no-untyped-def]
@@ -128,7 +129,7 @@ class _Down(torch.autograd.Function):
 
 
 def _filled(factors: LowRank) -> tuple[Tensor, Tensor]:
-    """A and B with zeros up to a rank of whole 16 bytes, which torch's grouped product asks of every row."""
+    """A and B, zero-padded to a rank of a multiple of 16 bytes, which torch's grouped product requires."""
     fill = -factors.a.shape[1] % (16 // factors.a.element_size())
     return (F.pad(factors.a, (0, 0, 0, fill)), F.pad(factors.b, (0, fill))) if fill else (factors.a, factors.b)
 

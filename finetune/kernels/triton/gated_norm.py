@@ -1,7 +1,7 @@
-"""Gated root-mean-square norm in one pass each way; Triton. What a DeltaNet layer does after the delta rule.
+"""Gated root-mean-square norm of a DeltaNet layer, in one pass forward and one backward; Triton.
 
-The gate is read where it lies, in the grouped projection of the layer, and its gradient is put where it will lie in
-that of the projection.
+The gate is read in place, from the grouped projection of the layer. Its gradient is written at the gate's position in a
+buffer with the layout of the projection, which `deltanet.py` then completes.
 
 Definition: `finetune.model.layers.gated_rms_norm`.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-NUMBERS, WARPS = 1024, 2  # rows times the head dimension that a program holds; measured on an H100 at 128
+NUMBERS, WARPS = 1024, 2  # elements (rows x head dimension) and warps of a program; measured on an H100
 
 
 def gated_norm_fused(
@@ -23,7 +23,7 @@ def gated_norm_fused(
     weight: Float[Tensor, " dim"],
     eps: float,
 ) -> Float[Tensor, "*batch heads dim"]:
-    """weight * x / rms(x) * silu(gate); the gate is read where it lies, and its gradient lies as it does."""
+    """weight * x / rms(x) * silu(gate); the gate is read in place; its gradient gets the gate's strides if possible."""
     return _GatedNorm.apply(x, gate, weight, eps)
 
 
@@ -60,13 +60,13 @@ class _GatedNorm(torch.autograd.Function):
 
 
 def _as_groups(gate: Tensor) -> Tensor:
-    """As (tokens, groups, group_dim), without a copy where the tokens are equally far apart."""
+    """The gate as (tokens, groups, group_dim); not copied if one stride covers all tokens."""
     gates = gate.reshape(-1, *gate.shape[-2:])
     return gates if gates.stride(2) == 1 else gates.contiguous()
 
 
 def _as_it_lies(gate: Tensor) -> Tensor:
-    """Memory for the gate's gradient, as far apart as the gate itself where it is the last part of each group."""
+    """Memory for the gate's gradient; with the gate's strides if the gate is the last part of each group."""
     groups, dim = gate.shape[-2:]
     tokens, width = gate.stride()[-3:-1]
     if not (gate.stride(-1) == 1 and width >= dim and tokens == groups * width):
@@ -117,7 +117,7 @@ def _norm_kernel(
         x, gates, weight, row, at, mask, token_stride, group_stride, eps, HEADS, GROUP, DIM
     )
     normed = gain * normed.to(x.dtype.element_ty).to(tl.float32)
-    if x.dtype.element_ty == weight.dtype.element_ty:  # of two dtypes, the product is in float32
+    if x.dtype.element_ty == weight.dtype.element_ty:  # mixed dtypes: the product stays in float32
         normed = normed.to(x.dtype.element_ty).to(tl.float32)
     tl.store(out + place, (normed * gate * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=mask)
 

@@ -1,7 +1,6 @@
-"""The language-model head and its cross-entropy in one function that never holds the logits of all tokens; Triton.
+"""The language-model head and its cross entropy in one function, chunk by chunk; Triton.
 
-The gradient of the logits is known as soon as the loss is, so the gradient of the hidden states is computed in the
-forward pass, chunk by chunk, and no logits are computed twice.
+The forward pass also computes the gradients, so that logits are neither stored for all tokens nor recomputed.
 
 Definition: `finetune.model.head.token_loss_sum`.
 """
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from finetune.model.head import IGNORED, supervised_rows
 
-CHUNK_BYTES = 2**30  # of logits that exist at once
+CHUNK_BYTES = 2**30  # largest chunk of logits
 
 
 def token_loss_sum_fused(
@@ -25,7 +24,7 @@ def token_loss_sum_fused(
     labels: Int[Tensor, "batch time"],
     supervised: int | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Cross-entropy summed over supervised tokens in float32, and their number; `supervised` as there."""
+    """Equivalent of `finetune.model.head.token_loss_sum`, with chunks of `CHUNK_BYTES`."""
     x, targets = supervised_rows(hidden, labels, supervised)
     return _LossSum.apply(x, weight, targets), (labels != IGNORED).sum()
 
@@ -50,20 +49,20 @@ class _LossSum(torch.autograd.Function):
                 torch.mm(logits, weight, out=d_x[part])
             if d_weight is not None:
                 d_weight += logits.t() @ x[part]
-            del logits  # before there are others
+            del logits  # before the next chunk is allocated
         ctx.save_for_backward(d_x, None if d_weight is None else d_weight.to(weight.dtype))
         return losses.sum()
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        d_x, d_weight = (None if d is None else d * gradient for d in ctx.saved_tensors)  # a number does not widen d
+        d_x, d_weight = (None if d is None else d * gradient for d in ctx.saved_tensors)  # keeps the dtype of d
         return d_x, d_weight, None
 
 
 @triton.jit
 @no_type_check
 def _cross_entropy_kernel(logits, labels, losses, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Loss of one row; and in place of its logits, their gradient."""
+    """Loss of one row; with GRADIENT, the logits are overwritten by their gradient."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     label = tl.load(labels + row)
@@ -73,7 +72,7 @@ def _cross_entropy_kernel(logits, labels, losses, vocabulary, GRADIENT: tl.const
     for start in range(0, vocabulary, BLOCK):
         value = tl.load(logits + start + at, mask=start + at < vocabulary, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(top, value)
-        # Until a lane has seen a finite value its sum is zero; -inf - -inf must not make it NaN.
+        # A lane without a finite value so far has the sum 0; -inf - -inf would make it NaN.
         total = tl.where(higher == float("-inf"), 0.0, total * tl.exp(top - higher) + tl.exp(value - higher))
         top = higher
     highest = tl.max(top, 0)

@@ -1,6 +1,6 @@
 """Root-mean-square norm in one pass over the rows, forward and backward; Triton.
 
-Definition: `finetune.model.layers.RMSNorm`.
+Definition: `finetune.model.layers.rms_norm`.
 """
 
 from typing import no_type_check
@@ -11,13 +11,13 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-PROGRAMS = 1024  # of the backward pass, each of which sums its rows' share of the weight's gradient
+PROGRAMS = 1024  # of the backward pass; each stores one partial sum of the weight's gradient
 
 
 def rms_norm_fused(
     x: Float[Tensor, "*any dim"], weight: Float[Tensor, " dim"], eps: float
 ) -> Float[Tensor, "*any dim"]:
-    """x / rms(x) * (1 + weight), in float32, returned in the dtype of x."""
+    """x / rms(x) * (1 + weight), computed in float32, returned in the dtype of x."""
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -53,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """As (rows, dim), without a copy where the rows are equally far apart, as in a part of each head or row."""
+    """x as (rows, dim); a slice of wider rows or heads is not copied if one stride covers all rows."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

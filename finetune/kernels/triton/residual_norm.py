@@ -1,4 +1,4 @@
-"""Residual addition and the root-mean-square norm after it in one pass over the rows, forward and backward; Triton.
+"""Residual addition and the following root-mean-square norm in one pass over the rows, forward and backward; Triton.
 
 Forward reads two tensors and writes two; backward reads three and writes one. Definition:
 `finetune.model.layers.residual_norm`.
@@ -12,13 +12,13 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-PROGRAMS = 1024  # of a backward pass that sums the weight's gradient, each over its share of the rows
+PROGRAMS = 1024  # of a backward pass that needs the weight's gradient; each stores a partial sum
 
 
 def residual_norm_fused(
     x: Float[Tensor, "*any dim"], delta: Float[Tensor, "*any dim"], weight: Float[Tensor, " dim"], eps: float
 ) -> tuple[Float[Tensor, "*any dim"], Float[Tensor, "*any dim"]]:
-    """x + delta, and that sum normed; the norm reads the sum as it is stored, in the dtype of x."""
+    """x + delta, and the norm of that sum after its rounding to the dtype of x."""
     return _ResidualNorm.apply(x, delta, weight, eps)
 
 

@@ -1,6 +1,6 @@
-"""The router after its matrix product in one pass: softmax, top k, shares, and what is counted; Triton.
+"""The router after its matrix product in one pass: softmax, top k, routing weights, and statistics; Triton.
 
-Definition: `finetune.model.moe.Router`.
+Definition: `finetune.model.moe.route`.
 """
 
 from typing import no_type_check
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from finetune.model.moe import Routing
 
-ROWS = 4  # tokens of a program of one warp, in which the search for the largest needs no barrier
+ROWS = 4  # tokens of a program; with one warp, the search for the maximum needs no barrier
 BACKWARD_ROWS = 8
 
 
 def route_fused(
     x: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "experts hidden"], top_k: int, normalise: bool
 ) -> Routing:
-    """The routing of every token; no host synchronisation.
+    """Equivalent of `finetune.model.moe.route`; no host synchronisation.
 
-    The product of bfloat16 numbers is exact in the float32 that it is summed in, so the logits are those of the
-    definition, which converts first. Of equal probabilities the lower expert wins.
+    Products of bfloat16 numbers are exact in float32, in which they are summed, so the logits are as accurate as those
+    of the definition, which converts to float32 first. Among equal probabilities the lower expert id is chosen first.
     """
     return Routing(*_Route.apply(x, weight, top_k, normalise))
 
@@ -85,10 +85,10 @@ def _constants(top_k: int, normalise: bool, experts: int) -> dict[str, int | boo
 @triton.jit
 @no_type_check
 def _probabilities(logits, row, column, tokens, experts):
-    """Softmax of these rows and its logarithmic divisor; zero beyond the last expert."""
+    """Softmax of these rows, zero beyond the last expert; and the log-sum-exp of the logits."""
     mask = (row < tokens)[:, None] & (column < experts)[None, :]
     logit = tl.load(logits + row[:, None] * experts + column[None, :], mask=mask, other=float("-inf"))
-    logit = tl.where((row < tokens)[:, None], logit, 0.0)  # a row of nothing but -inf would give NaN
+    logit = tl.where((row < tokens)[:, None], logit, 0.0)  # a row of -inf only would give NaN
     top = tl.max(logit, axis=1)
     exponential = tl.where((column < experts)[None, :], tl.exp(logit - top[:, None]), 0.0)
     total = tl.sum(exponential, axis=1)
@@ -150,7 +150,7 @@ def _route_backward_kernel(
             hit = (column[None, :] == expert[:, None]).to(tl.float32)
             is_chosen += hit
             given += hit * tl.load(d_shares + row * TOP_K + place, mask=live, other=0.0).to(tl.float32)[:, None]
-        if NORMALISE:  # a softmax over the chosen alone
+        if NORMALISE:  # equals a softmax over the chosen experts only
             share = probability * is_chosen
             share /= tl.sum(share, axis=1)[:, None]
             out = share * (given - tl.sum(share * given, axis=1)[:, None])

@@ -1,4 +1,4 @@
-"""The gated MLP's activation, and the gated sum of shared and routed experts, one kernel each way; Triton.
+"""The gated MLP's activation, and the gated sum of shared and routed experts, forward and backward; Triton.
 
 Definitions: `finetune.model.layers.swiglu` and `add_gated`.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from finetune.kernels.triton.norm import rows_of
 
-BLOCK = 1024  # elements of a program of the activation
-PROGRAMS = 1024  # of a backward pass that sums the gate weight's gradient, each over its share of the rows
+BLOCK = 1024  # elements of a program of the activation kernels
+PROGRAMS = 1024  # of a backward pass that needs the gate weight's gradient; each stores a partial sum
 
 
 def swiglu_fused(gate: Float[Tensor, "*any width"], up: Float[Tensor, "*any width"]) -> Float[Tensor, "*any width"]:
-    """silu(gate) * up, in float32, returned in the dtype of `gate`."""
+    """silu(gate) * up, computed in float32, returned in the dtype of `gate`."""
     return _SwiGLU.apply(gate, up)
 
 
@@ -28,7 +28,7 @@ def add_gated_fused(
     x: Float[Tensor, "tokens hidden"],
     gate_weight: Float[Tensor, "1 hidden"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """routed + sigmoid(gate_weight x) * shared, in float32, returned in the dtype of `shared`; `routed` may be None."""
+    """routed (or 0) + sigmoid(gate_weight x) * shared, computed in float32, returned in the dtype of `shared`."""
     return _AddGated.apply(routed, shared, x, gate_weight)
 
 

@@ -1,9 +1,9 @@
-"""Tiles of a grouped product: how the rows of every expert are cut, and how a kernel reads a tile of rows or weights.
+"""Tiles of a grouped product: how the rows of every expert are split, and how a kernel reads a tile of rows or weights.
 
-A program computes one tile: rows of one expert, and a block of columns; half the rows where the expert has no more than
-that left. Weights, and rows that need not be gathered, are read by descriptor (on Hopper by its copy engine) where
-their strides allow it, else by pointers. Columns beyond the last read zeros or wrap around, rows beyond the expert's
-last read some other row; neither is stored.
+A program computes one tile: rows of one expert and a block of columns. The tile has half the height if the expert has
+no more rows left than that. Weights, and rows that are not gathered, are read by tensor descriptor (TMA on Hopper) if
+their strides allow it, otherwise by pointers. Loads beyond the last column give zeros or wrap around; loads beyond the
+expert's last row give another row. Neither is stored.
 """
 
 from typing import NamedTuple, no_type_check
@@ -17,27 +17,27 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Sizes(NamedTuple):
-    """Tile sides of the grouped products, and how a tile is computed."""
+    """Tile sizes and launch parameters of a grouped product."""
 
     rows: int
-    columns: int  # of each of the two halves where gate and up are computed together
+    columns: int  # of gate and of up each, if they are computed together
     depth: int
     warps: int
     stages: int
 
 
 class Rows(NamedTuple):
-    """Which row of work belongs to which expert, and how the rows are cut into tiles."""
+    """Assignment of rows to experts, and their tiles."""
 
-    slot: Int[Tensor, " rows"] | None  # (token, choice) of each sorted row; None: rows are sorted as they are
+    slot: Int[Tensor, " rows"] | None  # (token, choice) of each sorted row; None: already sorted
     top_k: int
-    starts: Int[Tensor, " experts_and_one"]  # first row of each expert, and the number of rows
-    tiles: Int[Tensor, "tiles 3"]  # int32: expert, first row, end of the expert's rows; 0, 0, 0 where it is not used
+    starts: Int[Tensor, " experts_and_one"]  # first row of each expert, then the number of rows
+    tiles: Int[Tensor, "tiles 3"]  # int32: expert, first row, end of the expert's rows; 0, 0, 0 if unused
     rows: int
 
 
 def cut(slot: Tensor | None, top_k: int, rows_per_expert: Tensor, rows: int, dtype: torch.dtype) -> Rows:
-    """Cut every expert's rows into tiles; as many tiles as there could be at most, so that the host need not ask."""
+    """Split every expert's rows into tiles. Allocates the largest possible number, to avoid a host synchronisation."""
     experts, side = len(rows_per_expert), row_side(dtype)
     most = rows // side + min(experts, rows)
     starts = rows_per_expert.new_empty(experts + 1)
@@ -50,16 +50,16 @@ def cut(slot: Tensor | None, top_k: int, rows_per_expert: Tensor, rows: int, dty
 
 
 def row_side(dtype: torch.dtype) -> int:
-    """Rows of a whole tile. The last tile of an expert is half as high where its rows fit into that."""
+    """Rows of a whole tile. The last tile of an expert has half the height if its rows fit."""
     return 32 if dtype == torch.float32 else 128
 
 
 def sizes_of(kind: str, dtype: torch.dtype, *, columns: int) -> Sizes:
-    """Tiles of one product, chosen by measurement (benchmarks/moe_layer.py) on a Hopper GPU."""
+    """Tile sizes of one product, measured on a Hopper GPU (benchmarks/moe_layer.py)."""
     if dtype == torch.float32:
         sizes = Sizes(row_side(dtype), 32, 32, 4, 2)
     else:
-        # Four stages of 128 x 64 and 256 x 64 numbers fill the shared memory of a multiprocessor.
+        # Four stages of 128 x 64 and 256 x 64 elements fill the shared memory of a multiprocessor.
         sizes = Sizes(row_side(dtype), 128 if kind == "up" else 256, 64, 8, 4)
     return sizes._replace(columns=min(sizes.columns, max(16, triton.next_power_of_2(columns))))
 
@@ -67,9 +67,9 @@ def sizes_of(kind: str, dtype: torch.dtype, *, columns: int) -> Sizes:
 def left_operand(
     x: Tensor, rows: Rows, sizes: Sizes, *, gathered: bool
 ) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor, str]:
-    """How a whole tile reads its rows, and how half a tile does.
+    """The row operand of a whole tile, that of half a tile, and the access mode.
 
-    Gathered by token; by descriptor where they lie side by side and aligned; or by pointers.
+    Modes: "tokens" (gathered by token), "descriptor" (consecutive, aligned rows), "rows" (pointers).
     """
     if gathered and rows.slot is not None:
         return x, x, "tokens"
@@ -80,7 +80,7 @@ def left_operand(
 
 
 def right_operand(weight: Tensor, sizes: Sizes) -> tuple[Tensor | TensorDescriptor, str]:
-    """How a kernel reads tiles of W_e, (experts, columns, depth): by descriptor along what is contiguous, or not."""
+    """The operand for tiles of W_e, (experts, columns, depth), and the access mode BY of `weight_tile`."""
     if _is_aligned(weight):
         return TensorDescriptor.from_tensor(weight, [1, sizes.columns, sizes.depth]), "columns"
     if _is_aligned(weight.transpose(1, 2)):
@@ -89,7 +89,7 @@ def right_operand(weight: Tensor, sizes: Sizes) -> tuple[Tensor | TensorDescript
 
 
 def pair_operand(weight: Tensor, sizes: Sizes) -> tuple[Tensor | TensorDescriptor, str]:
-    """The same for W_e that holds gate and up, (experts, 2 x width, depth): a tile has the same columns of both."""
+    """As `right_operand`, for W_e = gate | up, (experts, 2 x width, depth): a tile has the same columns of both."""
     pairs = weight.unflatten(1, (2, -1))
     if _is_aligned(pairs):
         return TensorDescriptor.from_tensor(pairs, [1, 2, sizes.columns, sizes.depth]), "columns"
@@ -121,7 +121,7 @@ def constants(sizes: Sizes, depth: int, thin: Tensor | None) -> dict[str, int | 
 @no_type_check
 def _cut_kernel(rows_per_expert, starts, tiles, experts, most, SIDE: tl.constexpr, EXPERTS: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
-    """Start and tiles of one expert; the program behind the last expert's marks the tiles that are left over."""
+    """Start and tiles of one expert; the program after the last expert marks the remaining tiles as unused."""
     expert, at = tl.program_id(0), tl.arange(0, EXPERTS)
     count = tl.load(rows_per_expert + at, mask=at < experts, other=0)
     before = at < expert
@@ -142,7 +142,7 @@ def _cut_kernel(rows_per_expert, starts, tiles, experts, most, SIDE: tl.constexp
 @triton.jit
 @no_type_check
 def tile_place(tiles, columns, BN: tl.constexpr):
-    """Expert, first column, first row and end of the expert's rows of this program's tile; of one not used, 0 and 0."""
+    """Expert, first column, first row and end of the expert's rows of this program's tile; rows 0 to 0 if unused."""
     blocks = tl.cdiv(columns, BN)
     tile, block = tiles + tl.program_id(0) // blocks * 3, tl.program_id(0) % blocks
     expert = tl.load(tile).to(tl.int64)
@@ -153,7 +153,7 @@ def tile_place(tiles, columns, BN: tl.constexpr):
 @no_type_check
 def weight_tile(weight, expert, column, k, columns, depth, e_stride, n_stride, k_stride,
                  BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, BY: tl.constexpr):  # fmt: skip
-    """W_e^T, (BK, BN), from these first indices on. BY: "rows" or "columns" of W are contiguous, or "pointers"."""
+    """Tile (BK, BN) of W_e^T at (k, column). BY: descriptor over W ("columns") or W^T ("rows"), or "pointers"."""
     if BY == "columns":
         tile = weight.load([expert.to(tl.int32), column, k]).reshape(BN, BK).T
     elif BY == "rows":
@@ -173,7 +173,7 @@ def weight_tile(weight, expert, column, k, columns, depth, e_stride, n_stride, k
 @no_type_check
 def pair_tile(weight, expert, column, k, width, depth, e_stride, n_stride, k_stride,
               BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, BY: tl.constexpr):  # fmt: skip
-    """BN columns of the gate and the same of up, side by side, (BK, 2 BN), as `weight_tile` reads them."""
+    """BN columns of gate and the same of up, concatenated, (BK, 2 BN), read as by `weight_tile`."""
     if BY == "columns":
         tile = weight.load([expert.to(tl.int32), 0, column, k]).reshape(2 * BN, BK).T
     elif BY == "rows":
@@ -192,7 +192,7 @@ def pair_tile(weight, expert, column, k, width, depth, e_stride, n_stride, k_str
 @triton.jit
 @no_type_check
 def row_tile(x, source, row, k, depth, BK: tl.constexpr, EVEN: tl.constexpr, OF: tl.constexpr):
-    """Rows of x, (BM, BK): by pointers those of `source`, by descriptor those from `row` on."""
+    """Tile (BM, BK) of x: rows `source` by pointers, or rows from `row` on by descriptor."""
     if OF != "descriptor":
         at = k + tl.arange(0, BK)
         place = x + source[:, None] * depth + at[None, :]
