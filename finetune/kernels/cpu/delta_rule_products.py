@@ -95,7 +95,7 @@ class _Rule(torch.autograd.Function):
         d_state, d_value = _states_backward(_shared(key, value), d_state, d_written, write, inverse, decays)
 
         d_scores = (given @ (correction * write).mT).view_as(between).mul_(between)
-        d_system = (d_value @ correction.mT).view_as(between).mul_(between)  # negated, as all of its uses
+        d_system = (d_value @ correction.mT).view_as(between).mul_(between)  # negated; subtracted below
         d_write = (correction * d_written).sum(-1) - (d_system * alike.unsqueeze(2)).sum(-2).flatten(1, 2)
         d_scores = d_scores.sum(2)
         d_alike = d_system.mul_(write.unflatten(1, (key.shape[1], -1)).mT).sum(2).tril_(-1)

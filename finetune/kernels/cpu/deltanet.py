@@ -22,7 +22,7 @@ def prepare_cpu(
     segment_ids: Int[Tensor, "batch time"],
     heads: Heads,
 ) -> Prepared:
-    """Equivalent of `finetune.model.deltanet.prepare`. Reads the segment ids on the host."""
+    """Equivalent of `finetune.model.deltanet.prepare`. Branches on the values of the segment ids."""
     b, a = ba.unflatten(-1, (heads.keys, -1)).chunk(2, dim=-1)
     query, key, value, gate = _Convolved.apply(qkvz, conv_weight, segment_ids, heads)
     decay = log_decay(a.flatten(-2), log_rate, bias)
