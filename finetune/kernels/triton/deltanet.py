@@ -191,10 +191,9 @@ def _prepare_backward_kernel(
     KEY_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the projection without the gate, and partial sums of the weight's gradient.
+    """Each row of the tile processes STEPS tokens, last first, preceded by the WIDTH - 1 tokens that follow them.
 
-    Each row of the tile processes STEPS tokens, last first, preceded by the WIDTH - 1 tokens that follow them. `owed`
-    carries the contributions of later tokens, so a token's gradient is complete when its step is reached.
+    `owed` carries the contributions of later tokens, so a token's gradient is complete when its step is reached.
     """
     slot, at = tl.program_id(0), tl.arange(0, BLOCK)
     start = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)) * STEPS
