@@ -14,7 +14,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-NUMBERS, WARPS = 1024, 2  # elements (rows x head dimension) and warps of a program; measured on an H100
+NUMBERS, WARPS = 1024, 2  # elements (rows x head dimension) and warps of a program; measured on an H100 at 128
 
 
 def gated_norm_fused(
