@@ -499,7 +499,7 @@ free_port() {
 # The tests.
 
 run_tests() { # --fast|--all, then pytest's arguments
-  local which=(-m "not slow")
+  local which=(-m "not slow") parallel=()
   export PATH=$VENV/bin:$PATH VIRTUAL_ENV=$VENV TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   cd "$ROOT"
   ruff format --check .
@@ -513,7 +513,9 @@ run_tests() { # --fast|--all, then pytest's arguments
       shift
       ;;
   esac
-  exec pytest -q "${which[@]}" "$@"
+  # Whoever names tests debugs them, one after the other; the whole suite takes two processes, as many as CI has cores.
+  if [[ $# -eq 0 ]]; then parallel=(-n 2 --dist worksteal); fi
+  exec pytest -q "${which[@]}" "${parallel[@]}" "$@"
 }
 
 build_docs() { # the folder to write; quiet but for warnings, which end it

@@ -538,7 +538,7 @@ def test_checks_run_in_order_and_pytest_has_the_last_word(checkout: Checkout) ->
         "pytest -q -m not slow -x tests/test_model.py",
     ]
     checkout.launch("test", "--all")
-    assert checkout.calls()[-1] == "pytest -q"
+    assert checkout.calls()[-1] == "pytest -q -n 2 --dist worksteal"
     checkout.launch("test", "--fast")
     assert not [call for call in checkout.calls() if call.startswith("pytest")]
 
