@@ -21,7 +21,7 @@ from finetune.cluster.slurm import task_environment
 from finetune.plan.exchange import Links
 from finetune.recipe.load import load_recipe
 from finetune.recipe.messages import shown
-from finetune.recipe.paths import path_problem, resolve
+from finetune.recipe.paths import expanded, path_problem, resolve
 from finetune.recipe.recipe import Recipe
 from finetune.run.failure import is_told, tell, told_by_every_host
 from finetune.run.folder import (
@@ -330,7 +330,7 @@ def _path(text: str) -> Path:
     problem = path_problem(text)
     if problem is not None:
         raise argparse.ArgumentTypeError(f"the path {shown(text)} {problem}")
-    return Path(text)
+    return expanded(text)
 
 
 def _add(

@@ -141,6 +141,15 @@ def test_an_adapter_of_another_form_is_refused_by_name(lora: dict[str, Any], sen
             "uses modules_to_save, rank_pattern, which",
         ),
         ({"bias": "all"}, "uses bias, which has no counterpart here"),
+        ({"alora_invocation_tokens": [7]}, "uses alora_invocation_tokens, which has no counterpart here"),
+        ({"kasa_config": {"beta": 0.1}}, "uses kasa_config, which has no counterpart here"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            'init_lora_weights "pissa_niter_4": its factors belong to base weights',
+        ),
+        ({"init_lora_weights": "olora"}, "save it from peft as a plain LoRA"),
+        ({"r": "3"}, 'has r "3"; set lora.rank to that, it is 3'),
+        ({"lora_alpha": None}, "has lora_alpha null; set lora.alpha to that, it is 5.0"),
     ],
 )
 def test_what_peft_adds_is_refused(change: dict[str, Any], sentence: str, saved: Path, tmp_path: Path) -> None:

@@ -216,6 +216,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "quantization_config says that the weights are quantised (fp8), and",
     ),
     ({"quantization_config": 4}, "quantization_config says that the weights are quantised (4)"),
+    ({"quantization_config": []}, "quantization_config is []; expected an object"),
+    ({"compression_config": False}, "compression_config is false; expected an object"),
     ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn'; only 'float32', 'bfloat16', 'float16' or"),
     ({"dtype": 16}, "dtype is 16; only 'float32'"),
     ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, "auto_map names code of its own for the model (AutoModelFor"),

@@ -39,6 +39,8 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("model.path=~nobody-of-this-name/x", "model.path: '~nobody-of-this-name/x' exists neither in the current"),
         ("train.sequence_tokens=1", "train.sequence_tokens: must be at least 2, found 1"),
         (f"train.steps={LARGE}", f"train.steps: {LARGE} is larger than any setting may be"),
+        ("train.epochs=1.7e308", "train.epochs: must be at most 1e+06, found 1.7e+308"),
+        ("train.epochs=.inf", "train.epochs: must be at most 1e+06, found inf"),
         ("parallel.ranks=65537", "parallel.ranks: must be at most 65536, found 65537"),
         ("data.train.-1.path=x", "data.train.-1.path: data.train.-1 has nothing inside it to set"),
     ],
@@ -112,6 +114,19 @@ def test_a_file_name_that_no_run_can_have(stem: str, tmp_path: Path, capsys: pyt
 )
 def test_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected in told(arguments, capsys)
+
+
+def test_the_home_folder_is_meant_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--to=~/x` reaches the command as it is written: the shell expands `~` only at the start of a word."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert f"{tmp_path / 'a'}: not the folder of a run" in told(
+        ["export", "~/a", "--to=~/x", "--format=merged"], capsys
+    )
+    assert f"{tmp_path / 'no.yaml'}: no such file" in told(["plan", "--recipe=~/no.yaml"], capsys)
+    assert "~nobody-here/a: not the folder of a run" in told(["summary", "~nobody-here/a"], capsys)
 
 
 def test_hosts_without_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

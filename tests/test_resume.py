@@ -517,14 +517,39 @@ def test_an_older_checkpoint_is_exported_only_when_it_is_named(which, lost, tmp_
     if lost == "gone with its lines":
         (root.parent / "metrics.jsonl").unlink()
         assert chosen_checkpoint(root, which, told.append) == root / "step-10"  # nothing is left that tells of step 20
+    first = "once its folder is moved away, " if lost == "damaged" else ""
     sentence = (
-        f"{root}/step-20: the newest checkpoint of the run is {lost.split()[0]}; the training command makes it again"
-        " from step-10; an older one is used only by its name; there are step-10"
+        f"{root}/step-20: the newest checkpoint of the run is {lost.split()[0]}; {first}the training command makes it"
+        " again from step-10; an older one is used only by its name; there are step-10"
     )
     with pytest.raises(CheckpointError, match=re.escape(sentence)):
         chosen_checkpoint(root, which, told.append, finished=20)
     assert chosen_checkpoint(root, "step-10", told.append, finished=20) == root / "step-10"
     assert len(told) == (lost == "damaged")
+
+
+@pytest.mark.parametrize("which", ["newest", "best"])
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_told_to_train_first(which, tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint to export; train it first"):
+        chosen_checkpoint(root, which, print)
+    for step in (10, 20):
+        write(root, step)
+        flip(root / f"step-{step}" / "part-00000.safetensors")
+    with pytest.raises(CheckpointError, match=r"none of its checkpoints is whole \(step-10, step-20\); put one back"):
+        chosen_checkpoint(root, which, print, finished=20)
+
+
+def test_a_checkpoint_of_one_step_is_not_taken_for_another(tmp_path):
+    for step in (10, 20):
+        write(tmp_path, step)
+    (tmp_path / "step-20").rename(tmp_path / "step-30")
+    sentence = "its manifest is of step 20; rename the folder to step-20"
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step-10", [f"{tmp_path}/step-30: passed over, {sentence}"])
+    with pytest.raises(CheckpointError, match=sentence):
+        chosen_checkpoint(tmp_path, "step-30", print)
+    (tmp_path / "step-30").rename(tmp_path / "step-20")
+    assert newest_checkpoint(tmp_path) == (tmp_path / "step-20", [])
 
 
 def test_where_training_never_improved_there_is_no_best_and_it_is_said(tmp_path):

@@ -138,13 +138,16 @@ def chosen_checkpoint(
         for sentence in passed_over:
             say(sentence)
         if newest is None:
+            check_nothing_lost(root)
             raise CheckpointError(f"{root.parent}: holds no whole checkpoint to export; train it first")
         last = max(finished or 0, _last_recorded(root), max(map(step_of, _folders(root))))
         if step_of(newest) < last:
             lost = root / f"step-{last}"
+            # Where a complete run's files have their sizes, the training command does not read what is in them.
+            state, first = ("damaged", "once its folder is moved away, ") if lost.exists() else ("gone", "")
             raise CheckpointError(
-                f"{lost}: the newest checkpoint of the run is {'damaged' if lost.exists() else 'gone'}; the training"
-                f" command makes it again from {newest.name}; an older one is used only by its name; {_there_are(root)}"
+                f"{lost}: the newest checkpoint of the run is {state}; {first}the training command makes it again from"
+                f" {newest.name}; an older one is used only by its name; {_there_are(root)}"
             )
         if which == "newest":
             return newest
@@ -219,7 +222,10 @@ def open_state(folder: str | Path) -> tuple[dict[str, Any], TensorStore]:
 def _fault(folder: Path, progress: Callable[[], None] = lambda: None) -> str | None:
     """What is wrong with a checkpoint, or None if every file exists and has its recorded hash."""
     try:
-        return _fault_of_parts(folder, read_manifest(folder)["parts"], progress)
+        manifest = read_manifest(folder)
+        if manifest["step"] != step_of(folder):
+            return f"its manifest is of step {manifest['step']}; rename the folder to step-{manifest['step']}"
+        return _fault_of_parts(folder, manifest["parts"], progress)
     except CheckpointError as error:
         return str(error)
     except OSError as error:  # an I/O error while a file is hashed

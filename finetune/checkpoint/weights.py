@@ -4,6 +4,7 @@ A rank of an expert-parallel run reads only its own experts. Saved folders have 
 stored one by one, numbered files with an index, and byte-for-byte copies of all files of the base that are not weights.
 """
 
+import os
 import re
 import time
 from collections import Counter
@@ -59,7 +60,7 @@ def resolve_model(path: str | Path) -> Path:
         CheckpointError: no such folder, and no such repository can be downloaded.
     """
     path = str(path)
-    for folder in (Path(path).expanduser(), _CHECKOUT / path):
+    for folder in (Path(os.path.expanduser(path)), _CHECKOUT / path):
         if folder.is_dir():
             return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):

@@ -49,6 +49,8 @@ def _not_quantised(value: Any) -> Any:
             " float16 or float32",
             {"method": str(method)[:_MOST_SHOWN]},
         )
+    if value is not None and not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "")
     return value
 
 

@@ -99,7 +99,7 @@ class Train(Section):
 
     steps: StepsOrNever = 0
     """Optimizer steps of the whole run; 0 where train.epochs says how many."""
-    epochs: Annotated[float, Field(ge=0, allow_inf_nan=False, json_schema_extra={"unit": "epochs"})] = 0.0
+    epochs: Annotated[float, Field(ge=0, le=1e6, json_schema_extra={"unit": "epochs"})] = 0.0
     """Passes over the training data, in place of train.steps; 0.5 is half of it. The steps are as many as it takes for
     every sequence to be seen that often, rounded up."""
     sequence_tokens: Annotated[int, Field(ge=2, le=2**24, json_schema_extra={"unit": "tokens"})] = 4096

@@ -3,6 +3,7 @@
 Rank, scaling and peft's options are compared with the recipe. A stored tensor that no target uses is an error.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,14 @@ _PLAIN: dict[str, Any] = {
     "trainable_token_indices": None,
     "layer_replication": None,
     "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
+# What peft draws factors by without a change to the base weights; by any other it subtracts them from the base.
+_DRAWN = (True, False, None, "gaussian", "eva", "orthogonal")
 _PREFIX = "base_model.model."
 _LINEAR = re.compile(rf"(?P<module>.+)\.lora_(?P<factor>[AB])\.{ADAPTER}\.weight")
 _EXPERTS = re.compile(rf"(?P<module>.+)\.lora_(?P<factor>[AB])\.(?P<matrix>{'|'.join(EXPERT_MATRICES)})")
@@ -64,6 +72,13 @@ def check_adapter(folder: Path, lora: Lora) -> None:
     added = [key for key, plain in _PLAIN.items() if (config.get(key) or plain) != plain]
     if added:
         raise AdapterError(f"lora.init_from: {folder} uses {', '.join(added)}, which has no counterpart here")
+    drawn = config.get("init_lora_weights")
+    if drawn not in _DRAWN:
+        raise AdapterError(
+            f"lora.init_from: {folder} has init_lora_weights {_shown(drawn)}: its factors belong to base weights that"
+            " peft changed when it drew them; save it from peft as a plain LoRA"
+            " (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     if not (folder / WEIGHTS).exists():
         raise AdapterError(f"lora.init_from: {folder} holds no {WEIGHTS}; save the adapter with safetensors")
 
@@ -133,4 +148,4 @@ def _value(folder: Path, stored: str, value: Tensor, shape: torch.Size, rank: in
 
 
 def _shown(value: object) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
+    return json.dumps(value)
