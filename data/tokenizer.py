@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ JSON_FILES = (
 )
 TEXT_FILES = ("merges.txt", "chat_template.jinja")
 VOCABULARY = 4096
+MOST_LISTED = 10_000  # layers or labels of a model
 MAX_TOKENS = 4096  # max_position_embeddings of recipes/base/config.json
 CHAT_TEMPLATE = """\
 {%- if tools %}
@@ -224,7 +225,9 @@ def _check_files(folder: Path) -> None:
         DataError: names the file.
     """
     for name in JSON_FILES:
-        read_part(folder / name)
+        part = read_part(folder / name)
+        if name == "config.json":
+            _check_counts(part, folder / name)
     texts = [folder / name for name in TEXT_FILES]
     with suppress(OSError):  # no such folder
         texts += sorted((folder / "additional_chat_templates").iterdir())
@@ -235,6 +238,19 @@ def _check_files(folder: Path) -> None:
         except (FileError, UnicodeDecodeError) as error:
             told = str(error) if isinstance(error, FileError) else f"{path}: not UTF-8 (byte {error.start})"
             raise DataError(f"{told}; copy the tokenizer files of the checkpoint again") from None
+
+
+def _check_counts(config: Mapping[str, Any], path: Path) -> None:
+    """Make sure that no number makes transformers build a list for hours: its configurations have one a layer or label.
+
+    Raises:
+        DataError: names the key.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value, path)
+        elif type(value) is int and value > MOST_LISTED and any(word in key for word in ("layer", "label", "depth")):
+            raise DataError(f"{path}: {key} is {value}; it must be at most {MOST_LISTED:,}")
 
 
 def _one_line(error: Exception) -> str:

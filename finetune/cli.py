@@ -6,6 +6,7 @@ is told within a second.
 """
 
 import argparse
+import logging
 import os
 import re
 import signal
@@ -64,6 +65,8 @@ def main(arguments: Sequence[str]) -> int:
         command: Callable[[argparse.Namespace], int] = options.command
         if command in (train, data, export, summary, replay):
             _name_accelerator()
+            # Where it is installed, peft imports it, and it warns of 4-bit kernels that nothing here uses.
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         return command(options)
     except ValueError as error:
         if not is_told(error):

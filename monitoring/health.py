@@ -47,6 +47,10 @@ WHAT_TO_DO = (
     "lower optim.lr, freeze the router (router.train: false), raise router.balance.coefficient, "
     "or go back to an earlier checkpoint"
 )
+WHAT_TO_DO_WHILE_FROZEN = (
+    "the router is frozen, so what it reads has moved: lower optim.lr, train fewer layers or steps, "
+    "or go back to an earlier checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,12 @@ class History:
     last_routing: Record | None = None
     lowest_loss: float | None = None  # median of RISE_RECORDS training losses
     lowest_eval: Record | None = None
+    router_trains: bool = True
+
+    @property
+    def what_to_do(self) -> str:
+        """About routing that changed."""
+        return WHAT_TO_DO if self.router_trains else WHAT_TO_DO_WHILE_FROZEN
 
     def remember(self, record: Record) -> None:
         if record["kind"] == "train":
@@ -99,8 +109,8 @@ class Health:
     already reported.
     """
 
-    def __init__(self) -> None:
-        self._history = History()
+    def __init__(self, *, router_trains: bool = True) -> None:
+        self._history = History(router_trains=router_trains)
         self._standing: dict[str, dict[tuple[str, int | None], Level]] = {}
 
     def check(self, record: Record) -> list[Finding]:
@@ -128,7 +138,11 @@ class Health:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state` returned."""
-        history = self._history = History(first_routing=state["first_routing"], last_routing=state["last_routing"])
+        history = self._history = History(
+            first_routing=state["first_routing"],
+            last_routing=state["last_routing"],
+            router_trains=self._history.router_trains,
+        )
         history.lowest_loss, history.lowest_eval = state.get("lowest_loss"), state.get("lowest_eval")
         history.losses.extend(state["losses"])
         history.grad_norms.extend(state["grad_norms"])
@@ -227,7 +241,7 @@ def expert_collapse(record: Record, history: History) -> Iterator[Finding]:
         if level := _level_below(COLLAPSE_RATIO, most / first["effective_experts"]):
             message = (
                 f"layer {now['layer']} uses {now['effective_experts']:.1f} effective experts, down from "
-                f"{first['effective_experts']:.1f} at the start: its routing is collapsing; {WHAT_TO_DO}"
+                f"{first['effective_experts']:.1f} at the start: its routing is collapsing; {history.what_to_do}"
             )
             yield Finding(record["step"], level, "expert_collapse", now["layer"], message)
 
@@ -240,7 +254,8 @@ def expert_takeover(record: Record, history: History) -> Iterator[Finding]:
         if level and share - first["max_token_share"] > TAKEOVER_GROWTH:
             message = (
                 f"layer {now['layer']} sends {now['max_token_share']:.0%} of all tokens to expert "
-                f"{now['busiest_expert']}; the busiest took {first['max_token_share']:.0%} at the start; {WHAT_TO_DO}"
+                f"{now['busiest_expert']}; the busiest took {first['max_token_share']:.0%} at the start; "
+                f"{history.what_to_do}"
             )
             yield Finding(record["step"], level, "expert_takeover", now["layer"], message)
 
@@ -253,7 +268,7 @@ def dead_experts(record: Record, history: History) -> Iterator[Finding]:
         if level and grown > DEAD_SPREADS * math.sqrt(first["dead"] + 1):
             message = (
                 f"layer {now['layer']} has {now['dead']} of {record['experts']} experts without a row, "
-                f"{first['dead']} at the start; {WHAT_TO_DO}"
+                f"{first['dead']} at the start; {history.what_to_do}"
             )
             yield Finding(record["step"], level, "dead_experts", now["layer"], message)
 
@@ -267,7 +282,7 @@ def drift_from_base(record: Record, history: History) -> Iterator[Finding]:
             message = (
                 f"layer {layer} routes the same tokens otherwise than the base: load moved {drift['load_bits']:.3f} "
                 f"bits, {drift['kept']:.0%} of the choices kept, most gained by experts {gained}"
-            ) + (f"; {WHAT_TO_DO}" if level != "info" else "")
+            ) + (f"; {history.what_to_do}" if level != "info" else "")
             yield Finding(record["step"], level, "drift_from_base", layer, message)
 
 
@@ -276,7 +291,10 @@ def collapse_from_base(record: Record, history: History) -> Iterator[Finding]:
     for layer, drift in _drifts(record):
         if level := _level_below(BASE_COLLAPSE_RATIO, drift["effective_ratio"]):
             ratio = drift["effective_ratio"]
-            message = f"layer {layer} uses {ratio:.0%} of the base's effective experts on the same tokens; {WHAT_TO_DO}"
+            message = (
+                f"layer {layer} uses {ratio:.0%} of the base's effective experts on the same tokens; "
+                f"{history.what_to_do}"
+            )
             yield Finding(record["step"], level, "collapse_from_base", layer, message)
 
 
@@ -286,7 +304,7 @@ def newly_dead_experts(record: Record, history: History) -> Iterator[Finding]:
         if level := _level_above(NEWLY_DEAD, drift["newly_dead"] / record["experts"]):
             message = (
                 f"layer {layer} gives no row to {drift['newly_dead']} experts that the base uses on the same tokens; "
-                f"{WHAT_TO_DO}"
+                f"{history.what_to_do}"
             )
             yield Finding(record["step"], level, "newly_dead_experts", layer, message)
 

@@ -1,3 +1,4 @@
+import logging
 import os
 import re
 import sys
@@ -254,3 +255,12 @@ def test_the_script_finds_its_own_packages_whatever_lies_around(tmp_path: Path) 
     done = run(sys.executable, str(ROOT / "finetune/train.py"), *wrong, cwd=tmp_path, PYTHONPATH=os.fspath(tmp_path))
     assert (done.code, done.out) == (2, "")
     assert done.err == "nextune: --set lora.rank=0: lora.rank: must be greater than 0, found 0\n"
+
+
+def test_a_warning_about_kernels_that_nothing_uses_is_not_for_the_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.setattr(logging.getLogger("bitsandbytes"), "level", logging.WARNING)
+    logger.manager._clear_cache()  # type: ignore[attr-defined]
+    assert logger.isEnabledFor(logging.WARNING)
+    assert cli.main(["train", "--recipe", "none.yaml"]) == 2
+    assert not logger.isEnabledFor(logging.WARNING)

@@ -179,7 +179,7 @@ def test_every_message_says_where_and_what_to_do():
     for rule, _, layer, trips, _ in CASES:
         (message,) = {f.message for f in judge(*trips) if f.rule == rule and f.step == trips[-1]["step"]}
         assert layer is None or f"layer {layer} " in message
-        assert any(verb in message for verb in ("lower ", "resume "))
+        assert any(verb in message for verb in ("lower ", "resume ", "try "))
         assert "\n" not in message
 
 
@@ -192,6 +192,22 @@ def test_a_skewed_but_steady_router_never_trips_anything():
         # Even another sample of tokens than the base saw stays under four times the noise.
         assert health.check(routing(window, counts)) == []
         assert health.check(routing(window, counts, probe)) == []
+
+
+def test_a_frozen_router_is_not_to_be_frozen():
+    frozen, trained = Health(router_trains=False), Health()
+    again = Health(router_trains=False)
+    again.restore(trained.state())  # the recipe of this start counts
+    bad = [routing(step, concentrated(9), EVEN) for step in (20, 30)]
+    for health, advice in (
+        (frozen, "what it reads has moved"),
+        (again, "what it reads"),
+        (trained, "freeze the router"),
+    ):
+        found = [f for record in (routing(10, EVEN), *bad) for f in health.check(record) if f.level != "info"]
+        assert {f.rule for f in found} >= {"drift_from_base", "collapse_from_base", "expert_collapse"}
+        assert all(advice in f.message for f in found)
+        assert all(("router.train: false" in f.message) == (health is trained) for f in found)
 
 
 def test_a_small_drift_is_only_information():

@@ -251,6 +251,17 @@ def test_tokenizer_files_of_odd_types_are_one_sentence(tmp_path, name, contents,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "num_labels", "depth"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_config_that_transformers_would_list_for_hours_is_named_at_once(tmp_path, key, nested):
+    def change(config):
+        (config.setdefault("text_config", {}) if nested else config)[key] = 10**9
+
+    folder = edited(tmp_path / "model", config__json=change)
+    with pytest.raises(DataError, match=rf"config\.json: {key} is 1000000000; it must be at most 10,000$"):
+        load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("name", [*JSON_FILES, *TEXT_FILES, "additional_chat_templates/tools.jinja"])
 def test_a_fifo_among_the_tokenizer_files_is_named_at_once(tmp_path, name):
     path = edited(tmp_path / "model") / name

@@ -32,7 +32,13 @@ class Exported(NamedTuple):
     recipe: Mapping[str, Any]  # its sections
 
 
-_OPTIMIZERS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adafactor": "Adafactor"}
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adam": "Adam",
+    "sgd": "SGD",
+    "adamw_8bit": "AdamW in 8 bits",
+    "adafactor": "Adafactor",
+}
 
 
 def model_card(exported: Exported) -> str:

@@ -16,6 +16,7 @@ from finetune.plan.report import render
 from finetune.plan.workload import GIB, Machine
 from finetune.recipe.recipe import Recipe, RecipeError
 from finetune.run.folder import folder_of
+from finetune.run.packages import check_packages
 from finetune.run.place import check_place
 from finetune.training.epochs import planned_steps, tokenizer_folder
 
@@ -52,12 +53,14 @@ def print_plan(recipe: Recipe, *, ranks: int | None, nodes: int | None, device_g
 
 
 def _refusals_here(recipe: Recipe) -> list[str]:
-    """Why the run folder cannot be used on this machine, as notes; the plan may be for another machine."""
-    try:
-        check_place(folder_of(recipe))
-    except RecipeError as error:
-        return [f"on this machine the run would not start: {error}"]
-    return []
+    """Why the run could not start on this machine; it may be planned for another one."""
+    refusals = []
+    for check in (lambda: check_place(folder_of(recipe)), lambda: check_packages(recipe)):
+        try:
+            check()
+        except RecipeError as error:
+            refusals.append(f"on this machine the run would not start: {error}")
+    return refusals
 
 
 def print_ranks(recipe: Recipe) -> int:

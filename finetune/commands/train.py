@@ -23,6 +23,7 @@ from finetune.recipe.recipe import Recipe, RecipeError
 from finetune.run.agreement import check_agreement
 from finetune.run.failure import LostRankError, is_told, readable, record_crash, told_by_every_host
 from finetune.run.folder import check_folder, folder_of, is_complete, lost_checkpoint
+from finetune.run.packages import check_packages
 from finetune.run.place import hold
 from finetune.run.starting_point import check_resume_from
 from finetune.run.watchdog import STALL_SECONDS, Watch
@@ -56,6 +57,7 @@ def train_here(recipe: Recipe, launcher: Launcher | None) -> int:
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     folder = folder_of(recipe)
     with told_by_every_host():
+        check_packages(recipe)
         for note in check_folder(folder, recipe):
             say(f"note: {note}")
         check_resume_from(folder, recipe)

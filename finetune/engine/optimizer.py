@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.distributed.expert_exchange import is_marked
+from finetune.engine.eight_bit import adamw_8bit, initial_codes
 from finetune.model.deltanet import DECAY_RATES
 from finetune.recipe.sections import Optim
 
@@ -42,25 +43,32 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def optimizer_of(groups: list[dict[str, object]], optim: Optim, *, fused: bool) -> torch.optim.Optimizer:
-    """The recipe's optimizer over these groups, torch's own, so that nothing is compiled at start.
+    """The recipe's optimizer over these groups, of torch or bitsandbytes, so that nothing is compiled at start.
 
-    AdamW: arXiv 1711.05101; Adam: 1412.6980; Adafactor: 1804.04235.
+    AdamW: arXiv 1711.05101; Adam: 1412.6980; Adafactor: 1804.04235; 8 bits: 2110.02861.
     """
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=fused)
     if optim.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=optim.lr)
+    if optim.name == "adamw_8bit":
+        return adamw_8bit(groups, optim)
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=fused)
 
 
 def initial_state(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], like: Tensor, zeros: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    like: Tensor,
+    zeros: Callable[[Tensor], Tensor],
+    experts: int = 0,
+) -> dict[str, Any]:
     """What the optimizer keeps about a tensor of `group` before its first step, as it would make it in that step.
 
     Args:
         zeros: makes float32 zeros in the shape of its argument.
+        experts: how many are stacked in the tensor; 0 if it is no expert's.
     """
     step = {"step": torch.tensor(0.0, device=like.device)}
     if isinstance(optimizer, torch.optim.SGD):
@@ -69,7 +77,9 @@ def initial_state(
         if like.dim() < 2:
             return step | {"variance": zeros(like)}
         return step | {"row_var": zeros(like[..., :1]), "col_var": zeros(like[..., :1, :])}
-    return step | {moment: zeros(like) for moment in MOMENTS}
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return step | {moment: zeros(like) for moment in MOMENTS}
+    return initial_codes(optimizer, like, experts)
 
 
 def warmup_of(optim: Optim, steps: int) -> int:

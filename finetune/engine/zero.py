@@ -29,6 +29,7 @@ from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 
 from finetune.distributed.expert_exchange import is_marked
+from finetune.engine.eight_bit import SCALES, TABLES
 from finetune.engine.optimizer import initial_state
 from finetune.recipe.recipe import RecipeError
 
@@ -129,10 +130,12 @@ class Replicated:
         self._expert_data_groups = engine.expert_data_parallel_group
         self._masters: dict[nn.Parameter, nn.Parameter] = {}
         for group in optimizer.param_groups:
-            self._masters |= {parameter: _master(parameter) for parameter in group["params"]}
-            group["params"] = [self._masters[parameter] for parameter in group["params"]]
-            for master in group["params"]:
-                optimizer.state[master] = initial_state(optimizer, group, master.detach(), _zeros)
+            parameters = group["params"]
+            self._masters |= {parameter: _master(parameter) for parameter in parameters}
+            group["params"] = [self._masters[parameter] for parameter in parameters]
+            for parameter, master in zip(parameters, group["params"], strict=True):
+                experts = len(parameter) if is_marked(parameter) else 0
+                optimizer.state[master] = initial_state(optimizer, group, master.detach(), _zeros, experts)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -199,9 +202,12 @@ class Replicated:
                 parameter.copy_(master)
 
     def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """The master (`fp32`) or a moment of a parameter."""
+        """The master (`fp32`) or a moment of a parameter, or the scales of one, for experts a row each."""
         master = self._masters[parameter]
-        return master.detach() if kind == "fp32" else self.optimizer.state[master][kind]
+        if kind == "fp32":
+            return master.detach()
+        kept = self.optimizer.state[master][kind]
+        return kept.view(len(parameter), -1) if kind in SCALES and is_marked(parameter) else kept
 
     def write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         """Replace a master or moment."""
@@ -210,12 +216,14 @@ class Replicated:
     def set_step(self, step: int) -> None:
         """Steps that the optimizer is to count as taken; SGD counts none."""
         for master in self._masters.values():
-            if "step" in self.optimizer.state[master]:
-                self.optimizer.state[master]["step"].fill_(step)
+            state = self.optimizer.state[master]
+            if "step" in state:  # a tensor of torch's optimizers, a number of bitsandbytes'
+                state["step"] = step if isinstance(state["step"], int) else state["step"].fill_(step)
 
     def kinds(self, parameter: nn.Parameter) -> list[str]:
         """Names of what is kept about a parameter: `fp32` and what the optimizer keeps."""
-        return ["fp32", *(kind for kind in self.optimizer.state[self._masters[parameter]] if kind != "step")]
+        kept = self.optimizer.state[self._masters[parameter]]
+        return ["fp32", *(kind for kind in kept if kind != "step" and kind not in TABLES)]
 
 
 def zeros_on_disk(folder: str | Path, like: Tensor) -> Tensor:

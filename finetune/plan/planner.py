@@ -74,13 +74,14 @@ class Plan:
     @property
     def host_save_bytes(self) -> int:
         """Host memory of the rank that stores most of a checkpoint while it is written."""
-        trained = self.work.trained_dense + self.work.trained_experts // self.work.recipe.parallel.expert
-        return FLOAT32 * trained + optimizer_state.state_bytes(self.work, trained)
+        expert = self.work.recipe.parallel.expert
+        trained = self.work.trained_dense + self.work.trained_experts // expert
+        return FLOAT32 * trained + optimizer_state.state_bytes(self.work, trained, expert=expert)
 
     @property
     def checkpoint_bytes(self) -> int:
         """One checkpoint: float32 values of what trains, and what the optimizer keeps about them."""
-        return FLOAT32 * self.work.trained + optimizer_state.state_bytes(self.work, self.work.trained)
+        return FLOAT32 * self.work.trained + optimizer_state.state_bytes(self.work, self.work.trained, expert=1)
 
     @property
     def checkpoints_bytes(self) -> int:

@@ -9,6 +9,7 @@ _LABELS = {
     "adamw": "AdamW moments",
     "adam": "Adam moments",
     "sgd": "momentum",
+    "adamw_8bit": "AdamW moments in 8 bits",
     "adafactor": "Adafactor sums of rows and columns",
 }
 STORED_BYTES = 2  # a released checkpoint is bfloat16
@@ -33,7 +34,7 @@ def on_rank(work: Workload) -> dict[str, int]:
         copies = work.shard - own if parallel.zero_stage == 0 else work.shard  # stage 0: float32 is its own master
         return bytes_of | {
             "float32 copies of what trains": FLOAT32 * copies,
-            _LABELS[work.recipe.optim.name]: optimizer_state.state_bytes(work, work.shard),
+            _LABELS[work.recipe.optim.name]: optimizer_state.state_bytes(work, work.shard, expert=parallel.expert),
             "gradients": gradients,
         }
     on_host = offloaded(work) if work.machine.device_bytes is None else 0

@@ -74,7 +74,7 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
         "max_grad_norm gradient_clipping grad_clip gradient_clip_val clip_grad_norm clip_grad",
     ),
     (
-        "this is optim.name here: adamw, adam, sgd or adafactor",
+        "this is optim.name here: adamw, adam, sgd, adafactor or adamw_8bit",
         "optimizer optimizer_type optimizer_name optim_type optimizer_class",
     ),
     ("this is optim.beta1 and optim.beta2 here", "adam_beta1 adam_beta2 betas adam_beta3"),
@@ -305,9 +305,10 @@ _ANSWERS: tuple[tuple[str, str], ...] = (
         " orpo_alpha num_generations",
     ),
 )
-_NO_8_BIT = (
-    "there is no 8-bit or paged optimizer here; parallel.zero_stage divides the state over the ranks, and"
-    " parallel.offload keeps it in host memory or on a disk"
+_8_BIT = "that is adamw_8bit here"
+_NO_PAGES = (
+    "there is no paged optimizer here; adamw_8bit keeps moments in 8 bits, parallel.zero_stage divides the state over"
+    " the ranks, and parallel.offload keeps it in host memory or on a disk"
 )
 # Values with another name elsewhere: last part of our key, the value there, the answer.
 _VALUES = {
@@ -321,12 +322,11 @@ _VALUES = {
     ("name", "adamw_torch"): "that is adamw here",
     ("name", "adamw_torch_fused"): "that is adamw here",
     ("name", "adamw_hf"): "that is adamw here",
-    ("name", "adamw_8bit"): _NO_8_BIT,
-    ("name", "adamw_bnb_8bit"): _NO_8_BIT,
-    ("name", "paged_adamw_8bit"): _NO_8_BIT,
-    ("name", "adam8bit"): _NO_8_BIT,
-    ("name", "adamw8bit"): _NO_8_BIT,
-    ("name", "paged_adamw_32bit"): _NO_8_BIT,
+    ("name", "adamw_bnb_8bit"): _8_BIT,
+    ("name", "paged_adamw_8bit"): _NO_PAGES,
+    ("name", "adam8bit"): "adamw_8bit is the only one in 8 bits here",
+    ("name", "adamw8bit"): _8_BIT,
+    ("name", "paged_adamw_32bit"): _NO_PAGES,
     ("dtype", "float16"): "there is no float16 here; bfloat16 has its size",
     ("dtype", "fp16"): "there is no float16 here; bfloat16 has its size",
     ("dtype", "half"): "there is no float16 here; bfloat16 has its size",

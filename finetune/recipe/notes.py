@@ -59,7 +59,9 @@ NOTES: tuple[Note, ...] = (
     no_effect("optim.momentum", lambda r: r.optim.name == "sgd", lambda r: "unless optim.name is sgd"),
     *(
         no_effect(
-            f"optim.{key}", lambda r: r.optim.name in ("adamw", "adam"), lambda r: f"while optim.name is {r.optim.name}"
+            f"optim.{key}",
+            lambda r: r.optim.name in ("adamw", "adam", "adamw_8bit"),
+            lambda r: f"while optim.name is {r.optim.name}",
         )
         for key in ("beta1", "beta2", "eps")
     ),

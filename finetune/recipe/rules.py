@@ -76,6 +76,17 @@ def _adafactor_problem(recipe: Recipe) -> str | None:
     return None
 
 
+def _eight_bit_problem(recipe: Recipe) -> str | None:
+    parallel = recipe.parallel
+    if recipe.optim.name != "adamw_8bit" or parallel.zero_stage == 0:
+        return None
+    offload = "" if parallel.offload == "none" else " and parallel.offload to none"
+    return (
+        "adamw_8bit quantises matrices in blocks, which ZeRO-1 and 2 would cut apart; set parallel.zero_stage to"
+        f" 0{offload}, or take adamw"
+    )
+
+
 def _targets_problem(recipe: Recipe) -> str | None:
     targets = recipe.lora.targets if recipe.lora else ()
     twice = sorted({target for target in targets if targets.count(target) > 1})
@@ -127,6 +138,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Recipe], str | None]], ...] = (
     (("train.steps", "train.epochs"), _length_problem),
     (("optim.warmup_ratio", "optim.warmup_steps"), _warmup_twice_problem),
     (("optim.name", "parallel.zero_stage", "parallel.expert", "lora.targets"), _adafactor_problem),
+    (("optim.name", "parallel.zero_stage", "parallel.offload"), _eight_bit_problem),
     (("lora.targets",), _targets_problem),
     (("lora.dropout", "lora.targets"), _dropout_problem),
     (("model.init", "lora", "router.train"), _init_problem),

@@ -130,9 +130,11 @@ class Train(Section):
 class Optim(Section):
     """The optimizer and its schedule."""
 
-    name: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
-    """AdamW with decoupled weight decay; Adam, whose decay is added to the gradient; SGD with optim.momentum; or
-    Adafactor, which keeps sums of rows and columns instead of moments. All are torch's."""
+    name: Literal["adamw", "adam", "sgd", "adafactor", "adamw_8bit"] = "adamw"
+    """AdamW with decoupled weight decay; Adam, whose decay is added to the gradient; SGD with optim.momentum;
+    Adafactor, which keeps sums of rows and columns instead of moments; all torch's. Or adamw_8bit, AdamW of
+    bitsandbytes (an extra package), which keeps the moments of matrices of at least 4,096 numbers in 8 bits, a quarter
+    of their memory; it needs parallel.zero_stage 0."""
 
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """Learning rate at its peak."""
@@ -157,7 +159,7 @@ class Optim(Section):
     momentum: Fraction = 0.9
     """Memory of the gradient's sum in sgd; 0 is none."""
     eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
-    """Added to the denominator of the update; of adamw and adam."""
+    """Added to the denominator of the update; of adamw, adamw_8bit and adam."""
     clip_norm: Coefficient = 1.0
     """Largest norm of the whole gradient, over all ranks; 0 is no clipping."""
 

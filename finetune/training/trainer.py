@@ -61,7 +61,7 @@ class Run:
         self.engine, self.model, self.loader = parts.engine, parts.model, parts.loader
         self.evaluation, self.data = parts.evaluation, parts.data
         self.reports = Reports(self.recipe, world, self.model, parts.probe)
-        self.health = Health()
+        self.health = Health(router_trains=self.recipe.router.train)
         self.best: dict[str, float] | None = None  # step and loss of the lowest held-out loss so far
         self.early_stopping = EarlyStopping()
         self.from_another_run = False  # then held-out loss is measured before the first step
