@@ -9,7 +9,7 @@ import torch
 
 from finetune import cli
 from finetune.checkpoint.layout import CheckpointError
-from finetune.checkpoint.resume import newest_checkpoint, open_state
+from finetune.checkpoint.resume import chosen_checkpoint, newest_checkpoint, open_state
 from finetune.recipe.load import load_recipe
 from finetune.recipe.recipe import Recipe
 from finetune.run.folder import claim, folder_of, is_complete, mark_finished
@@ -173,6 +173,20 @@ def test_a_run_that_went_back_or_was_continued_as_another_ends_with_the_same_par
     assert done.code == 0, done.out + done.err
     assert "continuing after step 4 from" in done.out
     same_as_undisturbed("fork", [5, 6])
+
+
+@pytest.mark.slow
+def test_a_run_that_another_began_has_a_best_checkpoint_from_its_first_evaluation(here: Place) -> None:
+    few = {"train__eval_every_steps": 1, "checkpoint__every_steps": 1, "checkpoint__keep_best": "true"}
+    assert here.by_hand(name="first", train__steps=2, **few).code == 0
+    few["checkpoint__resume_from"] = str(here.run_folder("first"))
+    nothing = here.by_hand(name="second", train__steps=2, **few)
+    assert nothing.code == 2
+    assert "stands at step 2, and this run ends at step 2, so nothing is left to train" in nothing.err
+    assert here.by_hand(name="second", train__steps=3, **few, checkpoint__keep=9).code == 0
+    second = here.run_folder("second") / "checkpoints"
+    assert names(second) == ["step-2", "step-3"]  # the one of step 2 is the best until a later evaluation is better
+    assert chosen_checkpoint(second, "step-2", print) == second / "step-2"
 
 
 @pytest.mark.slow

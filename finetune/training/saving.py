@@ -154,7 +154,6 @@ def resume(
     Raises:
         RankError: recipe, base weights or data differ; checkpoints exist but none is complete; the disk cannot be read.
     """
-    root = folder / "checkpoints"
     with world.together(CheckpointError, RecipeError, MonitoringError):
         found = starting_point(folder, recipe, progress) if world.is_main else None
     start = cast(StartingPoint, world.gather(found)[0])
@@ -163,7 +162,7 @@ def resume(
     if start.checkpoint is None:
         with world.together(CheckpointError, MonitoringError):
             if world.is_main:
-                check_nothing_lost(root)
+                check_nothing_lost(folder / "checkpoints")
         if recipe.lora is not None and recipe.lora.init_from is not None:
             _start_from_adapter(recipe.lora, recipe.lora.init_from, engine, world, say)
         return None
@@ -178,6 +177,7 @@ def resume(
             )
         loader.restore(state["loader"])
         if start.of_another_run:
+            _check_steps_left(start.checkpoint, state["step"], recipe.train.steps)
             _check_same_parameters(start.checkpoint, tensors, engine)
             state |= {"best": None, "wandb": None, "early_stopping": None, "of_another_run": True}
 
@@ -188,6 +188,15 @@ def resume(
     engines.restore(engine, read, step=state["step"] - state["left_out"]["total"])
     say(f"continuing after step {state['step']} from {start.checkpoint}")
     return state, tensors
+
+
+def _check_steps_left(checkpoint: Path, step: int, last: int) -> None:
+    """Refuse another run's checkpoint if this run would end where it stands."""
+    if step >= last:
+        raise CheckpointError(
+            f"{checkpoint}: stands at step {step}, and this run ends at step {last}, so nothing is left to train; raise"
+            " train.steps or train.epochs"
+        )
 
 
 def _check_same_parameters(checkpoint: Path, tensors: TensorStore, engine: ExpertEngine) -> None:

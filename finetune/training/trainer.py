@@ -85,7 +85,10 @@ class Run:
         self.journal.write({"kind": "start", "step": self.step, "ranks": world.size, "expert": world.expert_size})
         self.reports.clock.start()
         if self.step == 0 or self.from_another_run:
-            self._evaluate()
+            is_best = self._evaluate() and recipe.checkpoint.keep_best
+            if self.step and is_best:  # the other run keeps its checkpoint for itself
+                with self.reports.clock.stopped():
+                    self._save_when_free(now=False, is_best=True)
         early = self.early_stopping.reason(recipe.train)
         while self.step < recipe.train.steps and early is None:
             self.step += 1
