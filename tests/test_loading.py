@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.load_checkpoint import scaled_config, write_synthetic
 from finetune.checkpoint import shards, weights
@@ -123,8 +123,8 @@ def test_a_file_without_anything_for_a_rank_is_not_opened(own, reads):
     index = json.loads((own / INDEX).read_text())
     source = own / index["weight_map"][alone]
     kept = load_file(source)
-    shards.save_file({alone: kept.pop(alone)}, own / "alone.safetensors")
-    shards.save_file(kept, source)
+    save_file({alone: kept.pop(alone)}, own / "alone.safetensors")
+    save_file(kept, source)
     index["weight_map"][alone] = "alone.safetensors"
     (own / INDEX).write_text(json.dumps(index))
     from_pretrained(own, dtype=torch.bfloat16, experts=range(0, 2))

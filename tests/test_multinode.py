@@ -125,7 +125,8 @@ def disturbed(hosts: Hosts, here: Place) -> Disturbed:
 
 def test_two_hosts_plan_first_and_train_together(disturbed: Disturbed) -> None:
     out = disturbed.first.out
-    assert out.index("2 ranks (CPU, 1 a node), expert parallel 2") < out.index("Training on host ")
+    # Every host plans for itself, the first one in words; another may be done before it.
+    assert out.index("2 ranks (CPU, 1 a node), expert parallel 2") < out.index("Training on host 0")
     assert "a rank sends" in out
     assert "over the network a step" in out
     assert f"disturbed: 2 rank(s), expert parallel 2; the run is in {disturbed.folder}" in out
