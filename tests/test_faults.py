@@ -159,7 +159,8 @@ def kills(number: int, seed: int) -> list[Kill]:
     ]
 
 
-@pytest.mark.parametrize("number", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow  # in every check: test_resume.py kills a writer at any moment, test_train_command.py a run
+@pytest.mark.parametrize("number", [3, 20])
 def test_a_run_whose_ranks_are_killed_again_and_again_ends_as_if_nothing_had_happened(
     number: int, here: Place, undisturbed: dict[str, Tensor]
 ) -> None:

@@ -183,6 +183,7 @@ def test_a_signal_to_the_whole_group_of_the_launcher_saves(here: Place) -> None:
     check_stopped(folder, "SIGTERM")
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_in_every_way_is_resumable_each_time_and_ends_as_if_nothing_had_happened(
     machine: Hosts, here: Place, undisturbed: dict[str, Tensor]
 ) -> None:
