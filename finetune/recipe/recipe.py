@@ -35,9 +35,9 @@ class Recipe(Section):
     model: Model
     """The model that is trained."""
     data: Data
-    """What is trained on, and what is only measured."""
+    """Training data and held-out data."""
     train: Train = Train()
-    """How much is trained, and in what portions."""
+    """Length of the run, batch sizes, recomputation and evaluation."""
     optim: Optim = Optim()
     """The optimizer and its schedule."""
     lora: Lora | None = Lora()
@@ -45,15 +45,15 @@ class Recipe(Section):
     router: Router = Router()
     """The routers of the experts."""
     parallel: Parallel = Parallel()
-    """How the work is divided over processes."""
+    """Partition of experts, optimizer state and gradients over ranks."""
     kernels: Kernels = Kernels()
-    """Which form of a computation is used where there are several."""
+    """Implementation of each part of the model."""
     monitor: Monitor = Monitor()
-    """What is watched beside the loss."""
+    """Measures of routing, and Weights & Biases."""
     checkpoint: Checkpoint = Checkpoint()
-    """What a run can be continued from."""
+    """Checkpoints: when they are written, which are kept, and where a run starts from."""
     output: Output = Output()
-    """Where results go."""
+    """Where results are written."""
 
     @property
     def packs_per_micro_batch(self) -> int:

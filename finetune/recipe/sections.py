@@ -74,57 +74,56 @@ class Source(Section):
     path: PathText
     """File or folder of rows, or a glob (rows/**/*.jsonl)."""
     format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """What a row holds; auto tells by its columns."""
+    """Format of the rows; auto recognises it by their columns."""
 
 
 class Data(Section):
-    """What is trained on, and what is only measured."""
+    """Training data and held-out data."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Sources of the training rows."""
+    """Sources of the training rows: a list such as [{path: rows.jsonl}]."""
     eval: tuple[Source, ...] = ()
-    """Sources of the held-out rows."""
+    """Sources of the held-out rows, likewise; no file may be in both."""
     packing: Literal["packed", "padded"] = "packed"
-    """packed: many documents in a sequence, kept apart exactly; padded: one document in a sequence."""
+    """packed: several documents in a sequence, isolated from each other; padded: one document in a sequence."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """What to do about a row that cannot be read; skipped rows are counted and reported."""
+    """Action on a row that cannot be used: stop, or skip it; skipped rows are counted and reported."""
     over_long: Literal["drop", "stop"] = "drop"
-    """What to do about a conversation longer than train.sequence_tokens; text is split instead."""
+    """Action on a conversation longer than train.sequence_tokens: drop it, or stop; text is split instead."""
     cache: PathText | None = None
     """Folder of tokenised data; null is .cache in output.dir."""
 
 
 class Train(Section):
-    """How much is trained, and in what portions."""
+    """Length of the run, batch sizes, recomputation and evaluation."""
 
     steps: StepsOrNever = 0
-    """Optimizer steps of the whole run; 0 where train.epochs says how many."""
+    """Optimizer steps of the whole run; 0 if train.epochs is set."""
     epochs: Annotated[float, Field(ge=0, le=1e6, json_schema_extra={"unit": "epochs"})] = 0.0
-    """Passes over the training data, in place of train.steps; 0.5 is half of it. The steps are as many as it takes for
-    every sequence to be seen that often, rounded up."""
+    """Passes over the training data, in place of train.steps; 0.5 is half of the data. The number of steps is rounded
+    up."""
     sequence_tokens: Annotated[int, Field(ge=2, le=2**24, json_schema_extra={"unit": "tokens"})] = 4096
-    """Length of a training sequence; no document reaches further."""
+    """Length of a training sequence, and the longest document."""
     micro_batch_tokens: Tokens = 4096
-    """What one rank forwards at once: whole sequences."""
+    """Tokens in one forward pass of one rank; a multiple of train.sequence_tokens."""
     global_batch_tokens: Tokens = 65536
-    """What one optimizer step is taken on: all ranks and micro-batches, padding included."""
+    """Tokens of one optimizer step over all ranks and micro-batches, padding included."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Fixes the order of the data, the adapters and every random draw."""
+    """Seed of the order of the data, the initial adapters and all other random numbers."""
     recompute: Recomputed = ("auto",)
-    """What is computed again in the backward pass instead of kept, in every layer that has it: full (everything, which
-    keeps almost nothing), none (fastest, much memory), or a list of deltanet, attention, experts; auto: as little as
-    the plan finds memory for."""
+    """Activations that are recomputed in the backward pass instead of stored: full (all; least memory), none (fastest,
+    most memory), a list of deltanet, attention, experts, or auto (as little as memory allows, by the plan)."""
     eval_every_steps: StepsOrNever = 0
-    """How often the held-out loss is measured; always before the first step and after the last, 0 is only then."""
+    """Interval of held-out evaluation; also before the first step and after the last, with 0 only then."""
     log_every_steps: Steps = 10
-    """How often a line of progress is written; the first and the last step always write one."""
+    """Interval of progress lines; the first and the last step always write one."""
     early_stopping_patience: Annotated[int, Field(ge=0, json_schema_extra={"unit": "evaluations"})] = 0
-    """Evaluations in a row without a lower held-out loss after which the run ends; 0 is never."""
+    """Consecutive evaluations without a lower held-out loss after which the run ends; 0 is never."""
     early_stopping_threshold: Coefficient = 0.0
-    """By how much a held-out loss must be below the lowest before to count as lower."""
+    """Amount by which a held-out loss must be below the previous lowest to count as lower."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do about a step whose loss or gradient is not finite: stop, and keep its batch in the run folder; or skip
-    it, which changes nothing that trains, and stop when five come in a row."""
+    """Action on a step whose loss or gradient is not finite: stop, and store its batch in the run folder; or skip it
+    without an update, and stop after five in a row."""
 
 
 class Optim(Section):
@@ -132,65 +131,64 @@ class Optim(Section):
 
     name: Literal["adamw", "adam", "sgd", "adafactor", "adamw_8bit"] = "adamw"
     """AdamW with decoupled weight decay; Adam, whose decay is added to the gradient; SGD with optim.momentum;
-    Adafactor, which keeps sums of rows and columns instead of moments; all torch's. Or adamw_8bit, AdamW of
-    bitsandbytes (an extra package), which keeps the moments of matrices of at least 4,096 numbers in 8 bits, a quarter
-    of their memory; it needs parallel.zero_stage 0."""
+    Adafactor, which stores sums of rows and columns instead of moments; all torch's. Or adamw_8bit, AdamW of
+    bitsandbytes (an extra package): 8-bit moments for matrices of at least 4,096 numbers, a quarter of the memory; it
+    needs parallel.zero_stage 0."""
 
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-4
-    """Learning rate at its peak."""
+    """Peak learning rate."""
     warmup_steps: StepsOrNever = 0
-    """Steps over which the learning rate rises to its peak, in a straight line from 0."""
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
     warmup_ratio: Fraction = 0.0
-    """The same as a fraction of the run's steps, rounded up; in place of optim.warmup_steps."""
+    """Warm-up as a fraction of the run's steps, rounded up; in place of optim.warmup_steps."""
     schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "wsd"] = "cosine"
-    """How the learning rate goes on from its peak: stays there (constant, which other tools call constant_with_warmup),
-    falls to final_lr_fraction in a straight line (linear) or along half a cosine (cosine), or stays and falls in a
-    straight line at the end (wsd: warm-up, stable, decay)."""
+    """Learning rate after warm-up: constant (which other tools call constant_with_warmup), linear or half-cosine decay
+    to final_lr_fraction, or constant with a linear decay at the end (wsd: warm-up, stable, decay)."""
     decay_ratio: Annotated[float, Field(gt=0, le=1, json_schema_extra={"unit": "fraction"})] = 0.1
-    """Fraction of the run's steps, at its end and rounded up, in which schedule wsd lets the learning rate fall."""
+    """Length of the decay of schedule wsd, as a fraction of the run's steps, rounded up."""
     final_lr_fraction: Annotated[float, Field(ge=0, le=1, json_schema_extra={"unit": "fraction"})] = 0.1
     """Learning rate after the last step, as a fraction of its peak; not for a constant schedule."""
     weight_decay: Coefficient = 0.0
-    """Decoupled decay of matrices towards zero; norms, biases and decay rates have none."""
+    """Weight decay of matrices; norms, biases and DeltaNet's decay rates have none."""
     beta1: Fraction = 0.9
-    """Memory of the gradient's mean."""
+    """Decay rate of the moving average of gradients."""
     beta2: Fraction = 0.95
-    """Memory of the gradient's square."""
+    """Decay rate of the moving average of squared gradients."""
     momentum: Fraction = 0.9
-    """Memory of the gradient's sum in sgd; 0 is none."""
+    """Momentum of sgd; 0 is none."""
     eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8
-    """Added to the denominator of the update; of adamw, adamw_8bit and adam."""
+    """Term added to the denominator of the update of adamw, adamw_8bit and adam."""
     clip_norm: Coefficient = 1.0
-    """Largest norm of the whole gradient, over all ranks; 0 is no clipping."""
+    """Largest gradient norm, over all parameters and ranks; larger gradients are scaled to it. 0 is no clipping."""
 
 
 class Lora(Section):
     """Low-rank adapters on a frozen base."""
 
     rank: Annotated[int, Field(gt=0, le=4096)] = 16
-    """Inner size of every adapter."""
+    """Rank of every adapter."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
-    """Scale: an adapter adds alpha / rank times the product of its factors."""
+    """Scale: the product of an adapter's factors is multiplied by alpha / rank."""
     use_rslora: bool = False
     """Rank-stabilised scale: alpha / sqrt(rank) in place of alpha / rank (arXiv 2312.03732)."""
     init_from: Text | None = None
-    """Folder of an adapter in peft's form that the adapters start from, in place of a draw; of the same rank, scale and
-    layers. The optimizer starts anew, and the data may be other data."""
+    """Folder of an adapter in peft's form whose values the adapters start from. Rank, scale and layers must be the
+    same; the optimizer state is new, and the data may differ."""
     dropout: Fraction = 0.0
-    """Share of an adapter's inputs that is dropped in training; not for the routed experts."""
+    """Dropout probability of an adapter's inputs; not for the routed experts."""
     targets: Targets = MIXER_TARGETS
-    """Which layers: of attention (q_proj k_proj v_proj o_proj), of DeltaNet (in_proj_qkvz in_proj_ba out_proj), the
-    shared expert (shared_expert), every routed expert (experts). all-linear is all of these that the model has but the
-    routed experts, which are written beside it where they are meant: [all-linear, experts]."""
+    """Layers that get an adapter: of attention (q_proj k_proj v_proj o_proj), of DeltaNet (in_proj_qkvz in_proj_ba
+    out_proj), the shared expert (shared_expert), the routed experts (experts). all-linear is all of these that the
+    model has, except the routed experts; [all-linear, experts] includes them."""
 
 
 class Balance(Section):
     """The penalty on uneven load of the experts, per layer."""
 
     kind: Literal["global", "micro", "sequence"] = "global"
-    """Over which tokens load is even: those of the whole step, of a micro-batch, or of each document."""
+    """Tokens over which load is balanced: those of the whole step, of a micro-batch, or of each document."""
     coefficient: Coefficient = 0.0
-    """Weight of the penalty beside the loss per token; 0 is off."""
+    """Weight of the balance loss, added to the loss per token; 0 is off."""
 
 
 class Router(Section):
@@ -201,45 +199,46 @@ class Router(Section):
     balance: Balance = Balance()
     """The penalty on uneven load of the experts, per layer."""
     z_coefficient: Coefficient = 0.0
-    """Weight of the penalty on large router logits; 0 is off."""
+    """Weight of the router z-loss, a penalty on large router logits; 0 is off."""
 
 
 class Parallel(Section):
-    """How the work is divided over processes."""
+    """Partition of experts, optimizer state and gradients over ranks."""
 
     ranks: Ranks = 1
-    """Processes that are started where there is no GPU, and that `plan` assumes; with GPUs there is one for each."""
+    """Number of ranks on a machine without GPUs, where `plan` assumes it too; with GPUs, one rank a GPU is started."""
     expert: Ranks = 1
-    """Ranks that share one copy of the experts; divides the ranks and the number of experts."""
+    """Expert parallel size: ranks over which one copy of the experts is partitioned. It must divide the number of ranks
+    and the number of experts."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What ZeRO divides over the ranks: 0 nothing, 1 the optimizer's state, 2 the gradients too; 3, the weights too, is
-    refused: parallel.expert divides nearly all of them."""
+    """What ZeRO partitions over the ranks: 0 nothing, 1 the optimizer state, 2 the gradients too; 3, the weights too,
+    is refused, because parallel.expert partitions nearly all of them."""
     offload: Literal["none", "cpu", "nvme"] = "none"
-    """Where the optimizer's state is kept and updated: on the rank's device, in host memory, or on a disk."""
+    """Where the optimizer state is stored and updated: on the rank's device (none), in host memory, or on a disk."""
     offload_path: PathText | None = None
-    """Folder on a fast local disk for offload nvme; nothing stays in it after the run."""
+    """Folder on a fast local disk for parallel.offload nvme; empty again after the run."""
 
 
 class Kernels(Section):
-    """Which form of a computation is used where there are several."""
+    """Implementation of each part of the model."""
 
     experts: Literal["auto", "fused", "grouped", "loop"] = "auto"
-    """Kernels of our own for GPUs, torch's grouped matrix product, or one expert after the other; auto takes the first
-    of them that runs and is right here."""
+    """fused: our GPU kernels; grouped: torch's grouped matrix product; loop: one expert after another; auto: the first
+    of these that runs and is correct on this machine."""
     layers: Literal["auto", "fused", "plain"] = "auto"
-    """Norms, router, shared expert and loss in kernels of our own or in plain torch; auto is fused on a GPU."""
+    """Norms, router, shared expert and loss: our kernels (fused) or plain torch; auto is fused on a GPU."""
     mixers: Literal["auto", "fused", "plain"] = "auto"
-    """DeltaNet and attention between their projections in kernels of our own or in plain torch; auto is fused on a GPU,
-    and on a CPU plain torch with backward passes of its own."""
+    """DeltaNet and attention between their projections: our kernels (fused) or plain torch; auto is fused on a GPU, and
+    plain torch with our own backward passes on a CPU."""
 
 
 class Monitor(Section):
-    """What is watched beside the loss."""
+    """Measures of routing, and Weights & Biases."""
 
     routing_every_steps: StepsOrNever = 10
-    """How often the load of every expert is recorded; 0 is never."""
+    """Interval at which the load of every expert is recorded; 0 is never."""
     drift_every_steps: StepsOrNever = 0
-    """How often routing is compared with that of the frozen base on the same tokens (LoRA only); 0 is never."""
+    """Interval at which routing is compared with the frozen base on the same tokens (LoRA only); 0 is never."""
     probe_tokens: Tokens = 4096
     """Tokens on which drift is measured, rounded up to whole sequences."""
     wandb: Literal["offline", "online", "off"] = "offline"
@@ -249,23 +248,23 @@ class Monitor(Section):
 
 
 class Checkpoint(Section):
-    """What a run can be continued from."""
+    """Checkpoints: when they are written, which are kept, and where a run starts from."""
 
     every_steps: StepsOrNever = 100
-    """How often one is written; always after the last step, 0 is only then."""
+    """Interval of checkpoints; one is always written after the last step, with 0 only then."""
     keep: Count = 2
-    """How many are kept, the newest."""
+    """Number of newest checkpoints that are kept."""
     resume_from: Text | None = None
-    """What the run starts from in place of its newest checkpoint: step-N or best, an earlier one of its own, which it
-    goes back to once; or the folder of another run (or of one of its checkpoints), whose weights, optimizer state and
-    place in the data a new run goes on from."""
+    """Start of the run in place of its newest checkpoint: step-N or best, an earlier checkpoint of this run, to which
+    it returns once; or the folder of another run or checkpoint, from whose weights, optimizer state and position in
+    the data a new run starts."""
     keep_best: bool = False
-    """Whether the one with the lowest held-out loss is kept too; an evaluation that finds a lower loss writes one, a
-    few steps later where the one before is still being written then."""
+    """Whether the checkpoint with the lowest held-out loss is kept too. An evaluation that finds a lower loss writes
+    one; a few steps later if an earlier checkpoint is still being written."""
 
 
 class Output(Section):
-    """Where results go."""
+    """Where results are written."""
 
     dir: PathText = "runs"
-    """Folder that holds the run folder; relative to the current folder."""
+    """Parent of the run folder (which is DIR/NAME); relative to the current folder."""
