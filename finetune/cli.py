@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train, or go on with, the run of a recipe. Started once on every rank."""
+    """Train the run of a recipe, or resume it. Started once on every rank."""
     launcher = launcher_of(os.environ)
     if launcher is not None:
         launcher.begin()
@@ -103,7 +103,7 @@ def ranks(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Print what the run will need: memory of each rank, disk, arithmetic."""
+    """Print what the run will need: memory of each rank, disk, operations, time."""
     recipe = _recipe(options)
     from finetune.commands.plan import print_plan
 
@@ -117,7 +117,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def data(options: argparse.Namespace) -> int:
-    """Print training sequences as the model sees them: tokens, what is trained on, where documents begin."""
+    """Print training sequences as the model sees them: tokens, what is supervised, where documents begin."""
     recipe = _recipe(options)
     from finetune.commands.data import show_data
 
@@ -125,7 +125,7 @@ def data(options: argparse.Namespace) -> int:
 
 
 def finished(options: argparse.Namespace) -> int:
-    """Print the run folder when the run took its last step; exit code 3 when it stopped in order before, else 1."""
+    """Print the run folder if the run is complete; otherwise exit code 3 if it stopped on request, else 1."""
     recipe = _recipe(options)
     folder = folder_of(recipe)
     check_folder(folder, recipe)
@@ -147,7 +147,7 @@ def finished(options: argparse.Namespace) -> int:
 
 
 def rewind(options: argparse.Namespace) -> int:
-    """Go back to an earlier checkpoint of a run; what came later is set aside, nothing is deleted."""
+    """Return to an earlier checkpoint of a run; later ones are set aside, nothing is deleted."""
     recipe_of(options.run)
     from finetune.run.starting_point import rewind as go_back
 
@@ -176,7 +176,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def summary(options: argparse.Namespace) -> int:
-    """Print what a run achieved and where its results lie."""
+    """Print what a run achieved and where its results are."""
     recipe_of(options.run)
     from finetune.commands.summary import print_summary
 
@@ -184,7 +184,7 @@ def summary(options: argparse.Namespace) -> int:
 
 
 def replay(options: argparse.Namespace) -> int:
-    """Forward the batch of a step that was not finite again, and print the loss of each of its sequences."""
+    """Repeat the forward pass of a step that was not finite, and print the loss of each of its sequences."""
     recipe_of(run_of_step(options.step))
     from finetune.commands.replay import replay as replay_step
 
