@@ -637,17 +637,21 @@ RUNS = [
         "step-00000001.npz",
     ),
     refused("routing: empty", in_run("routing/step-00000001.npz", b"", "summary"), "step-00000001.npz"),
-    refused("manifest: garbage", in_run(f"{STEP}/manifest.json", "{", "adapter"), "no whole checkpoint"),
-    refused("manifest: deep", in_run(f"{STEP}/manifest.json", DEEP, "adapter"), "no whole checkpoint"),
-    refused("manifest: long integer", in_run(f"{STEP}/manifest.json", DIGITS, "adapter"), "no whole checkpoint"),
-    refused("manifest: a list", in_run(f"{STEP}/manifest.json", "[]", "adapter"), "no whole checkpoint"),
+    refused("manifest: garbage", in_run(f"{STEP}/manifest.json", "{", "adapter"), "none of its checkpoints is whole"),
+    refused("manifest: deep", in_run(f"{STEP}/manifest.json", DEEP, "adapter"), "none of its checkpoints is whole"),
     refused(
-        "manifest: gone", on_run(lambda run: (run / STEP / "manifest.json").unlink(), "adapter"), "no whole checkpoint"
+        "manifest: long integer", in_run(f"{STEP}/manifest.json", DIGITS, "adapter"), "none of its checkpoints is whole"
+    ),
+    refused("manifest: a list", in_run(f"{STEP}/manifest.json", "[]", "adapter"), "none of its checkpoints is whole"),
+    refused(
+        "manifest: gone",
+        on_run(lambda run: (run / STEP / "manifest.json").unlink(), "adapter"),
+        "none of its checkpoints is whole",
     ),
     refused(
         "part: empty",
         on_run(lambda run: next((run / STEP).glob("*.safetensors")).write_bytes(b""), "adapter"),
-        "no whole checkpoint",
+        "none of its checkpoints is whole",
     ),
     refused("checkpoints: none", on_run(lambda run: shutil.rmtree(run / "checkpoints"), "adapter"), "tiny"),
     refused(

@@ -89,9 +89,13 @@ def test_a_run_on_other_base_weights_is_not_merged_into_these(here: Place, earli
 @pytest.mark.parametrize(
     ("which", "expected"),
     [
-        ("missing", "not the folder of a run (it holds no recipe.yaml)"),
-        ("empty", "holds no whole checkpoint to export; train it first"),
-        ("damaged", "holds no whole checkpoint to export; train it first"),
+        ("missing", ": not the folder of a run (it holds no recipe.yaml)"),
+        ("empty", ": holds no whole checkpoint to export; train it first"),
+        (
+            "damaged",
+            "/checkpoints: none of its checkpoints is whole (step-1); put one back from a copy, or give this run another"
+            " name (--set name=...) to begin at the first step",
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
@@ -106,7 +110,7 @@ def test_what_cannot_be_exported_is_refused_in_a_sentence(
         (folder / "checkpoints/step-1/part-00000.safetensors").write_bytes(b"cut short")
     assert cli.main(["export", str(folder), "--to", str(tmp_path / "out"), "--format", kind]) == 2
     captured = capsys.readouterr()
-    assert captured.err == f"nextune: {folder}: {expected}\n"
+    assert captured.err == f"nextune: {folder}{expected}\n"
     assert ("step-1: passed over, part-00000.safetensors is 9 bytes" in captured.out) == (which == "damaged")
     assert not (tmp_path / "out").exists()
 
