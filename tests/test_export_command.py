@@ -93,8 +93,8 @@ def test_a_run_on_other_base_weights_is_not_merged_into_these(here: Place, earli
         ("empty", ": holds no whole checkpoint to export; train it first"),
         (
             "damaged",
-            "/checkpoints: none of its checkpoints is whole (step-1); put one back from a copy, or give this run another"
-            " name (--set name=...) to begin at the first step",
+            "/checkpoints: none of its checkpoints is whole (step-1); put one back from a copy, or give this run"
+            " another name (--set name=...) to begin at the first step",
         ),
     ],
 )

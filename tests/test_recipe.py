@@ -230,7 +230,7 @@ def test_mistakes_of_one_line(addition: str, expected: str) -> None:
 def test_what_is_missing_is_named_with_its_meaning() -> None:
     assert mistakes("name: x\n") == [
         "x.yaml:1: model.path: missing; Folder of the checkpoint, or the hub id of one (Qwen/Qwen3-Coder-Next).",
-        "x.yaml:1: data.train: missing; Sources of the training rows.",
+        "x.yaml:1: data.train: missing; Sources of the training rows: a list such as [{path: rows.jsonl}].",
         "x.yaml:1: train.steps: missing; give it, or train.epochs: 1 to train once on all of the data",
     ]
 
