@@ -32,11 +32,12 @@ from data.cache import (
     put_aside,
 )
 from data.chat import ChatTemplate, Document, encode, pieces_of
-from data.files import FaultError, bytes_of, flush, read_json, sha256_of, sync, write_json
+from data.files import FaultError, bytes_of, flush, read_json, sync, write_json
 from data.formats import Content, Conversation, Text, read_contents, size_of
 from data.packing import best_fit, split_long, supervised_tokens
 from data.sources import BadRows, DataError, RowError, Source
 from data.tokenizer import Tokenizer
+from monitoring.files import sha256_of
 
 # Part of every folder's name: increase it when a change produces other tokens, masks or packs from the same data.
 CODE_VERSION = 1

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.files import FaultError, bytes_of, read_json, sha256_of
+from data.files import FaultError, bytes_of, read_json
+from monitoring.files import sha256_of
 
 MANIFEST = "manifest.json"
 TOKENS, TRAINED = "tokens.bin", "trained.bin"

@@ -20,10 +20,11 @@ from filelock import FileLock, Timeout
 from data.build import CODE_VERSION, Job, Settings, build
 from data.cache import OFFSETS, PACK_DOCUMENTS, PACK_OFFSETS, TOKENS, TRAINED, check_files, put_aside, read_manifest
 from data.chat import Document
-from data.files import FaultError, sha256_of
+from data.files import FaultError
 from data.packing import Batch, collate
 from data.sources import DataError, Source, source_files
 from data.tokenizer import Tokenizer
+from monitoring.files import sha256_of
 
 SECONDS_BETWEEN_LOOKS = 1.0  # polling interval for another process's build
 

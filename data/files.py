@@ -4,30 +4,14 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PIECE_BYTES = 16 << 20
 MOST_JSON_BYTES = 64 << 20  # of our own JSON files, which are far smaller
 
 
 class FaultError(ValueError):
     """A file of ours that is damaged or modified; the message names it and what is wrong."""
-
-
-def sha256_of(path: Path, progress: Callable[[], None]) -> str:
-    """The sha256 of a file.
-
-    Args:
-        progress: called after each piece.
-    """
-    digest, piece = hashlib.sha256(), bytearray(PIECE_BYTES)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(memoryview(piece)[:count])
-            progress()
-    return digest.hexdigest()
 
 
 def bytes_of(path: Path) -> int:

@@ -1,6 +1,8 @@
-"""Atomic replacement of files, and the error for an unreadable file of a run folder."""
+"""Atomic replacement and hashing of files, and the error for an unreadable file of a run folder."""
 
+import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -25,3 +27,17 @@ def replace_file(path: Path, contents: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def sha256_of(path: Path, progress: Callable[[], None] = lambda: None, piece_bytes: int = 16 << 20) -> str:
+    """The sha256 of a file, read in pieces.
+
+    Args:
+        progress: called after each piece.
+    """
+    digest, piece = hashlib.sha256(), bytearray(piece_bytes)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(memoryview(piece)[:count])
+            progress()
+    return digest.hexdigest()

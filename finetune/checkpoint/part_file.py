@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finetune.checkpoint.folder import sync
 from finetune.checkpoint.header import DTYPES
+from monitoring.files import sha256_of
 
 PIECE_BYTES = 64 << 20
 PIECES_BETWEEN_FLUSHES = 16  # a single flush at the end could exceed the stall timeout
@@ -52,12 +53,7 @@ def hash_of(path: Path, progress: Callable[[], None] = lambda: None) -> str:
     Args:
         progress: called after each piece.
     """
-    digest, piece = hashlib.sha256(), bytearray(PIECE_BYTES)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
-            digest.update(memoryview(piece)[:count])
-            progress()
-    return digest.hexdigest()
+    return sha256_of(path, progress, PIECE_BYTES)
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
